@@ -1,0 +1,15 @@
+"""Involution (Li et al., CVPR 2021) for PyTorch: the operator, its layers, the RedNet backbones and their training."""
+
+from involution.nn import BottleneckGenerator, Involution1d, Involution2d, Involution3d
+from involution.ops.functional import involution
+from involution.ops.library import implementations
+
+__version__ = "0.1.0"
+__all__ = [
+    "BottleneckGenerator",
+    "Involution1d",
+    "Involution2d",
+    "Involution3d",
+    "implementations",
+    "involution",
+]

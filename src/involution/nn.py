@@ -1,0 +1,187 @@
+"""Involution layers: a kernel generator and the operator, in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from involution.ops.functional import involution
+from involution.ops.window import IntOrInts, Window, per_axis
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class BottleneckGenerator(nn.Module):
+    """The paper's kernel generator: at every output position, a kernel per group from the channels there.
+
+    [average pool if stride > 1] -> reduce 1x1 (C -> C / reduction) -> norm -> act -> span 1x1 (-> G * T).
+    The pool works in ceil mode: the same as the official one on sizes the stride divides, and right on all others.
+
+    Args:
+        channels: C, channels of the input.
+        groups: G, kernels per position.
+        kernel_size: *K, one int per spatial axis; its length sets the number of axes, one to three.
+        stride: step between output positions, one int per axis.
+        reduction: r, how many times narrower the bottleneck is than the input; it divides C.
+        norm: called with C / r, gives the normalisation between reduce and span. Default: batch norm.
+        act: called without arguments, gives the activation after it.
+
+    Shapes: (B, C, *S) -> (B, G, *K, *O) with O = ceil(S / stride).
+
+    Raises:
+        ValueError: if `reduction` does not divide `channels`.
+
+    Source: Li et al., CVPR 2021, section 4.1 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        reduction: int = 4,
+        norm: Callable[[int], nn.Module] | None = None,
+        act: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        rank = len(kernel_size)
+        if reduction < 1 or channels % reduction:
+            raise ValueError(f"`reduction` must divide the channels; got reduction {reduction} and {channels} channels.")
+        conv, hidden = _CONV[rank - 1], channels // reduction
+        taps = 1
+        for size in kernel_size:
+            taps *= size
+        self.shape = (groups, *kernel_size)
+        self.pool = _POOL[rank - 1](stride, stride, ceil_mode=True) if max(stride) > 1 else nn.Identity()
+        self.reduce = conv(channels, hidden, 1, bias=False)
+        self.norm = (norm or _NORM[rank - 1])(hidden)
+        self.act = act()
+        self.span = conv(hidden, groups * taps, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.span(self.act(self.norm(self.reduce(self.pool(x))))).unflatten(1, self.shape)
+
+
+class _Involution(nn.Module):
+    """Involution over `rank` spatial axes; its three faces differ in nothing else."""
+
+    rank: int
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: IntOrInts = 7,
+        stride: IntOrInts = 1,
+        padding: IntOrInts | None = None,
+        dilation: IntOrInts = 1,
+        groups: int | None = None,
+        group_channels: int | None = None,
+        reduction: int = 4,
+        out_channels: int | None = None,
+        norm: Callable[[int], nn.Module] | None = None,
+        act: Callable[[], nn.Module] = nn.ReLU,
+        generator: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.groups = _groups(channels, groups, group_channels)
+        if padding is None:
+            size, step = per_axis("kernel_size", kernel_size, self.rank, 1), per_axis("dilation", dilation, self.rank, 1)
+            if any(d * (k - 1) % 2 for k, d in zip(size, step, strict=True)):
+                raise ValueError(f"no `padding` keeps the size with `kernel_size` {kernel_size}; give `padding` yourself.")
+            padding = tuple(d * (k - 1) // 2 for k, d in zip(size, step, strict=True))
+        self.window = Window.normalise(self.rank, kernel_size, stride, padding, dilation)
+        self.reduction = reduction
+        self.generator = generator or BottleneckGenerator(
+            channels, self.groups, self.window.kernel_size, self.window.stride, reduction, norm, act
+        )
+        project = out_channels is not None and out_channels != channels
+        self.project = _CONV[self.rank - 1](channels, out_channels, 1) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != self.rank + 2 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"`x` must have shape (B, {self.channels}, {self.rank} spatial sizes) for {type(self).__name__} with "
+                f"{self.channels} channels; got {tuple(x.shape)}."
+            )
+        self.window.output_size(x.shape[2:])  # a window too large for x is said before the generator runs
+        kernel = self.generator(self._centres(x))
+        y = involution(x, kernel, self.window.stride, self.window.padding, self.window.dilation)
+        return self.project(y)
+
+    def _centres(self, x: Tensor) -> Tensor:
+        """`x` cut (or padded with zeros) to the positions window centres can lie on: all of `x` by default."""
+        sides = zip(self.window.padding, self.window.same_padding(), strict=True)
+        change = [p - same for p, both in reversed(list(sides)) for same in both]
+        return F.pad(x, change) if any(change) else x
+
+    def extra_repr(self) -> str:
+        window = self.window
+        return (
+            f"{self.channels}, kernel_size={window.kernel_size}, stride={window.stride}, padding={window.padding}, "
+            f"dilation={window.dilation}, groups={self.groups}"
+        )
+
+
+class Involution1d(_Involution):
+    """Involution over sequences (B, C, L); see `Involution2d`."""
+
+    rank = 1
+
+
+class Involution2d(_Involution):
+    """Involution over images: generates a kernel at every output position, then applies it.
+
+    Args:
+        channels: C, of input and output; the field's default, 16 channels a group, must divide it.
+        kernel_size: *K, an int or one per axis.
+        stride: step between outputs, an int or one per axis.
+        padding: zeros on both sides, an int or one per axis. Default: what keeps the size at stride 1.
+        dilation: step between taps, an int or one per axis.
+        groups: G, kernels per position. Give this or `group_channels`.
+        group_channels: D = C / G, channels that share a kernel. Default 16.
+        reduction: r, how much narrower the generator's bottleneck is than C.
+        out_channels: another width for the output, by a 1x1 projection. Default: C.
+        norm: called with C / r, gives the generator's normalisation. Default: batch norm.
+        act: called without arguments, gives the generator's activation.
+        generator: any callable from x, cut to the window centres, to the kernel (B, G, *K, *O), in place of the
+            standard `BottleneckGenerator`; `reduction`, `norm` and `act` then have no meaning.
+
+    Shapes: (B, C, *S) -> (B, out_channels, *O), O = floor((S + 2 padding - dilation (K - 1) - 1) / stride) + 1;
+    with the default padding O = ceil(S / stride).
+
+    Raises:
+        TypeError, ValueError: if the settings contradict one another, or `x` does not fit them.
+
+    Example:
+        >>> import torch
+        >>> layer = Involution2d(64, kernel_size=7, stride=2)
+        >>> layer(torch.randn(1, 64, 13, 13)).shape
+        torch.Size([1, 64, 7, 7])
+
+    Source: Li et al., CVPR 2021.
+    """
+
+    rank = 2
+
+
+class Involution3d(_Involution):
+    """Involution over volumes (B, C, D, H, W); see `Involution2d`."""
+
+    rank = 3
+
+
+def _groups(channels: int, groups: int | None, group_channels: int | None) -> int:
+    if groups is not None and group_channels is not None:
+        raise ValueError(f"give `groups` or `group_channels`, not both; got {groups} and {group_channels}.")
+    name, value = ("groups", groups) if groups is not None else ("group_channels", group_channels or 16)
+    if value < 1 or channels < 1 or channels % value:
+        divisors = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
+        raise ValueError(f"`{name}` must divide the channels; got {name} {value} and {channels} channels. Choose from {divisors}.")
+    return value if groups is not None else channels // value

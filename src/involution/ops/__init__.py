@@ -1,0 +1,1 @@
+"""The operator: definition and checks (`functional`), registration (`library`), implementations (`reference`, `cpu`)."""

@@ -1,0 +1,102 @@
+"""The operator: its definition, every check of what the user gives, and one call. It knows no implementation.
+
+Letters, here and everywhere: `B` batch, `C` channels, `G` groups, `D` = C / G channels per group, `T` taps,
+`*S` input sizes, `*K` kernel sizes, `*O` output sizes. "Kernel" always means the involution kernel tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from involution.ops import library
+from involution.ops.window import IntOrInts, Window
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def involution(
+    x: Tensor, kernel: Tensor, stride: IntOrInts = 1, padding: IntOrInts = 0, dilation: IntOrInts = 1
+) -> Tensor:
+    """Slide over `x` with a kernel of its own at every output position, shared by the channels of a group.
+
+    y[b, c, o] = sum over taps t of kernel[b, c // D, t, o] * x[b, c, o * stride - padding + t * dilation],
+    where x is zero outside its bounds.
+
+    Args:
+        x: input, (B, C, *S) with one to three spatial axes.
+        kernel: one kernel per output position and group, (B, G, *K, *O); G divides C.
+        stride: step between outputs, an int or one per spatial axis.
+        padding: zeros on both sides of each spatial axis, an int or one per axis.
+        dilation: step between taps, an int or one per spatial axis.
+
+    Returns:
+        (B, C, *O) with O = floor((S + 2 padding - dilation (K - 1) - 1) / stride) + 1, in the dtype and memory
+        format of `x`.
+
+    Raises:
+        TypeError: if an argument is no tensor, or the dtypes disagree or are not floating point.
+        ValueError: if shapes, devices or window settings do not fit; the message shows both sides.
+
+    Numerics: half types accumulate in float32. Every implementation is deterministic. Under `torch.autocast` both
+    tensors are cast to the autocast dtype, as convolution does.
+
+    Example:
+        >>> x, kernel = torch.randn(2, 32, 13, 13), torch.randn(2, 2, 3, 3, 7, 7)
+        >>> involution(x, kernel, stride=2, padding=1).shape
+        torch.Size([2, 32, 7, 7])
+
+    Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021.
+    """
+    _check_tensors(x, kernel)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, kernel = x.to(dtype), kernel.to(dtype)
+    _check_dtypes(x, kernel)
+    window = Window.normalise(x.dim() - 2, kernel.shape[2 : x.dim()], stride, padding, dilation)
+    _check_sizes(x, kernel, window)
+    return library.forward(x, kernel, window.stride, window.padding, window.dilation)
+
+
+def _check_tensors(x: Tensor, kernel: Tensor) -> None:
+    for name, value in (("x", x), ("kernel", kernel)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
+    rank = x.dim() - 2
+    if not 1 <= rank <= 3:
+        raise ValueError(f"`x` must have 3, 4 or 5 dimensions (B, C, 1 to 3 spatial); got shape {tuple(x.shape)}.")
+    if kernel.dim() != 2 + 2 * rank:
+        raise ValueError(
+            f"`kernel` must have {2 + 2 * rank} dimensions (B, G, {rank} kernel sizes, {rank} output sizes) for `x` of "
+            f"shape {tuple(x.shape)}; got shape {tuple(kernel.shape)}."
+        )
+    if x.device != kernel.device:
+        raise ValueError(f"`x` and `kernel` must share a device; got {x.device} and {kernel.device}.")
+
+
+def _check_dtypes(x: Tensor, kernel: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"`x` must have one of the dtypes {served}; got {x.dtype}.")
+    if x.dtype != kernel.dtype:
+        raise TypeError(
+            f"`x` and `kernel` must share a dtype; got {x.dtype} and {kernel.dtype}. "
+            "Convert one of them, or work under torch.autocast."
+        )
+
+
+def _check_sizes(x: Tensor, kernel: Tensor, window: Window) -> None:
+    batch, channels = x.shape[:2]
+    groups = kernel.shape[1]
+    if kernel.shape[0] != batch:
+        raise ValueError(f"`kernel` has batch size {kernel.shape[0]}, `x` has {batch}; they must be equal.")
+    if groups == 0 or channels == 0 or channels % groups:
+        raise ValueError(f"`kernel` has {groups} groups, which does not divide the {channels} channels of `x`.")
+    expected, given = window.output_size(x.shape[2:]), tuple(kernel.shape[x.dim() :])
+    if given != expected:
+        hint = " Was it generated at the input resolution?" if given == tuple(x.shape[2:]) else ""
+        raise ValueError(
+            f"`kernel` must end in the output size {expected} for `x` of spatial size {tuple(x.shape[2:])}, kernel size "
+            f"{window.kernel_size}, stride {window.stride}, padding {window.padding} and dilation {window.dilation}; "
+            f"got {given}.{hint}"
+        )

@@ -1,0 +1,164 @@
+"""The three ops as torch sees them: schemas, fakes, derivatives, FLOP counts, and which implementation serves which device.
+
+Involution is a trilinear form in (gradient g, kernel k, input x). Each op is the form's derivative in one of the three, so
+the derivative of every op is again one of the ops and double backward needs nothing new:
+<g, forward(x, k)> = <x, grad_x(g, k)> = <k, grad_kernel(g, x)>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from involution.ops import cpu, flops, reference
+
+Ints = Sequence[int]
+
+_WINDOW = "int[] stride, int[] padding, int[] dilation"
+_library = torch.library.Library("involution", "DEF")
+_library.define(f"forward(Tensor x, Tensor kernel, {_WINDOW}) -> Tensor")
+_library.define(f"grad_x(Tensor grad, Tensor kernel, SymInt[] size, {_WINDOW}) -> Tensor")
+_library.define(f"grad_kernel(Tensor grad, Tensor x, SymInt groups, SymInt[] kernel_size, {_WINDOW}) -> Tensor")
+
+forward = torch.ops.involution.forward.default
+grad_x = torch.ops.involution.grad_x.default
+grad_kernel = torch.ops.involution.grad_kernel.default
+
+
+def implementations() -> dict[str, str]:
+    """Which code serves which device type.
+
+    Example:
+        >>> implementations()["any other"]
+        'reference'
+    """
+    return {"cpu": cpu.description(), "any other": "reference"}
+
+
+# Allocation: real and fake tensors come from the same three functions, so they cannot disagree.
+
+
+def _allocate(like: Tensor, shape: Ints) -> Tensor:
+    """An empty tensor in the memory format of `like`: channels innermost if they are so in `like`, else contiguous."""
+    if like.stride(1) == 1 and not like.is_contiguous():
+        return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+    return like.new_empty(shape)
+
+
+def _allocate_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    return _allocate(x, (*x.shape[:2], *kernel.shape[x.dim() :]))
+
+
+def _allocate_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    return _allocate(grad, (*grad.shape[:2], *size))
+
+
+def _allocate_grad_kernel(
+    grad: Tensor, x: Tensor, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    flat = _allocate(x, (x.shape[0], groups * prod(kernel_size), *grad.shape[2:]))
+    return flat.unflatten(1, (groups, *kernel_size))
+
+
+torch.library.register_fake("involution::forward", _allocate_forward, lib=_library)
+torch.library.register_fake("involution::grad_x", _allocate_grad_x, lib=_library)
+torch.library.register_fake("involution::grad_kernel", _allocate_grad_kernel, lib=_library)
+
+
+# Implementations: each fills a tensor allocated here.
+
+
+def _register(key: str, implementation: Any) -> None:
+    """Serve the dispatch key `key` with `implementation`: an object with the functions of `reference`."""
+
+    def run_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+        out = _allocate_forward(x, kernel, stride, padding, dilation)
+        if out.numel():
+            implementation.forward(out, x, kernel, stride, padding, dilation)
+        return out
+
+    def run_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+        out = _allocate_grad_x(grad, kernel, size, stride, padding, dilation)
+        if out.numel():
+            implementation.grad_x(out, grad, kernel, stride, padding, dilation)
+        return out
+
+    def run_grad_kernel(
+        grad: Tensor, x: Tensor, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
+    ) -> Tensor:
+        out = _allocate_grad_kernel(grad, x, groups, kernel_size, stride, padding, dilation)
+        if out.numel():
+            implementation.grad_kernel(out, grad, x, stride, padding, dilation)
+        return out
+
+    _library.impl("forward", run_forward, key)
+    _library.impl("grad_x", run_grad_x, key)
+    _library.impl("grad_kernel", run_grad_kernel, key)
+
+
+_register("CompositeExplicitAutograd", reference)
+if cpu.available():
+    _register("CPU", cpu)
+
+
+# Derivatives: torch asks for those of the two tensors only, so the window arguments get None.
+
+
+def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, kernel, *ctx.window = inputs
+    ctx.save_for_backward(x, kernel)
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, kernel), (wants_x, wants_kernel) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+    groups, kernel_size = kernel.shape[1], kernel.shape[2 : x.dim()]
+    return (
+        grad_x(grad, kernel, x.shape[2:], *ctx.window) if wants_x else None,
+        grad_kernel(grad, x, groups, kernel_size, *ctx.window) if wants_kernel else None,
+        *(None,) * 3,
+    )
+
+
+def _grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, kernel, _, *ctx.window = inputs
+    ctx.save_for_backward(grad, kernel)
+
+
+def _grad_x_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+    (grad, kernel), (wants_grad, wants_kernel) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+    groups, kernel_size = kernel.shape[1], kernel.shape[2 : x.dim()]
+    return (
+        forward(x, kernel, *ctx.window) if wants_grad else None,
+        grad_kernel(grad, x, groups, kernel_size, *ctx.window) if wants_kernel else None,
+        *(None,) * 4,
+    )
+
+
+def _grad_kernel_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, _, _, *ctx.window = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _grad_kernel_backward(ctx: Any, kernel: Tensor) -> tuple[Tensor | None, ...]:
+    (grad, x), (wants_grad, wants_x) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+    return (
+        forward(x, kernel, *ctx.window) if wants_grad else None,
+        grad_x(grad, kernel, x.shape[2:], *ctx.window) if wants_x else None,
+        *(None,) * 5,
+    )
+
+
+def _differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"involution::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+_differentiate("forward", _forward_backward, _forward_context)
+_differentiate("grad_x", _grad_x_backward, _grad_x_context)
+_differentiate("grad_kernel", _grad_kernel_backward, _grad_kernel_context)
+
+
+flops.register_when_counted()

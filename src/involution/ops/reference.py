@@ -1,0 +1,67 @@
+"""The definition of involution in plain PyTorch: any rank, device and dtype; slow and obviously right.
+
+Each function fills `out`. All three run the same loop over taps: for tap t, output position o reads input
+position o * stride - padding + t * dilation, so one strided slice of the padded input holds what tap t needs.
+Shapes: x, its gradient (B, C, *S); out, its gradient (B, C, *O); kernel (B, G, *K, *O); D = C / G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Ints = Sequence[int]
+
+
+def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
+    """Fill `out` with y[b, c, o] = sum over t of kernel[b, c // D, t, o] * x[b, c, o * stride - padding + t * dilation]."""
+    padded, groups = _pad(_accurate(x), padding), kernel.shape[1]
+    total = _grouped(torch.zeros(out.shape, dtype=padded.dtype, device=out.device), groups)
+    for tap, place in _taps(kernel.shape, out.shape, stride, dilation):
+        total += _grouped(padded[place], groups) * _accurate(kernel[tap]).unsqueeze(2)
+    out.copy_(total.flatten(1, 2))
+
+
+def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
+    """Fill `out` with the gradient of x: each tap adds its share of `grad` to the positions it read."""
+    grouped = _grouped(_accurate(grad), kernel.shape[1])
+    total = _pad(torch.zeros(out.shape, dtype=grouped.dtype, device=out.device), padding)
+    for tap, place in _taps(kernel.shape, grad.shape, stride, dilation):
+        total[place] += (grouped * _accurate(kernel[tap]).unsqueeze(2)).flatten(1, 2)
+    inside = [slice(p, p + size) for p, size in zip(padding, out.shape[2:], strict=True)]
+    out.copy_(total[(..., *inside)])
+
+
+def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
+    """Fill `out` with the gradient of the kernel: per tap, the product of `grad` and what it read, summed over the group."""
+    padded, grouped = _pad(_accurate(x), padding), _grouped(_accurate(grad), out.shape[1])
+    for tap, place in _taps(out.shape, grad.shape, stride, dilation):
+        out[tap] = (grouped * _grouped(padded[place], out.shape[1])).sum(2)
+
+
+def _taps(
+    kernel_shape: Ints, output_shape: Ints, stride: Ints, dilation: Ints
+) -> Iterator[tuple[tuple[slice | int, ...], tuple[slice, ...]]]:
+    """For each tap: its index into the kernel (B, G, *K, *O), and what it reads of the padded input."""
+    everything, size = slice(None), output_shape[2:]
+    for tap in product(*map(range, kernel_shape[2 : 2 + len(size)])):
+        steps = zip(tap, size, stride, dilation, strict=True)
+        reads = (slice(t * d, t * d + (o - 1) * s + 1, s) for t, o, s, d in steps)
+        yield (everything, everything, *tap), (everything, everything, *reads)
+
+
+def _pad(x: Tensor, padding: Ints) -> Tensor:
+    return F.pad(x, [side for p in reversed(padding) for side in (p, p)])
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(1, (groups, -1))  # (B, C, *) -> (B, G, D, *)
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """`x` in the dtype to accumulate in: float32 for half types, its own otherwise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
