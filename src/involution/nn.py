@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from math import prod
+from operator import index
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,21 +51,25 @@ class BottleneckGenerator(nn.Module):
         act: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
+        if not (isinstance(kernel_size, tuple) and 1 <= len(kernel_size) <= 3):
+            raise TypeError(f"`kernel_size` must be a tuple of 1 to 3 ints, one per spatial axis; got {kernel_size!r}.")
         rank = len(kernel_size)
-        if reduction < 1 or channels % reduction:
-            raise ValueError(f"`reduction` must divide the channels; got reduction {reduction} and {channels} channels.")
+        kernel_size, stride = per_axis("kernel_size", kernel_size, rank, 1), per_axis("stride", stride, rank, 1)
+        channels, groups = _whole("channels", channels), _whole("groups", groups)
+        if channels % _whole("reduction", reduction):
+            raise ValueError(
+                f"`reduction` must divide the channels; got reduction {reduction} and {channels} channels."
+            )
         conv, hidden = _CONV[rank - 1], channels // reduction
-        taps = 1
-        for size in kernel_size:
-            taps *= size
         self.shape = (groups, *kernel_size)
         self.pool = _POOL[rank - 1](stride, stride, ceil_mode=True) if max(stride) > 1 else nn.Identity()
         self.reduce = conv(channels, hidden, 1, bias=False)
         self.norm = (norm or _NORM[rank - 1])(hidden)
         self.act = act()
-        self.span = conv(hidden, groups * taps, 1)
+        self.span = conv(hidden, groups * prod(kernel_size), 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Generate the kernel from `x`."""
         return self.span(self.act(self.norm(self.reduce(self.pool(x))))).unflatten(1, self.shape)
 
 
@@ -89,22 +94,29 @@ class _Involution(nn.Module):
         generator: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = _whole("channels", channels)
         self.groups = _groups(channels, groups, group_channels)
         if padding is None:
-            size, step = per_axis("kernel_size", kernel_size, self.rank, 1), per_axis("dilation", dilation, self.rank, 1)
-            if any(d * (k - 1) % 2 for k, d in zip(size, step, strict=True)):
-                raise ValueError(f"no `padding` keeps the size with `kernel_size` {kernel_size}; give `padding` yourself.")
-            padding = tuple(d * (k - 1) // 2 for k, d in zip(size, step, strict=True))
+            both = Window.normalise(self.rank, kernel_size, stride, 0, dilation).same_padding()
+            if any(before != after for before, after in both):
+                raise ValueError(
+                    f"no `padding` keeps the size with `kernel_size` {kernel_size} and `dilation` {dilation}; "
+                    "give `padding` yourself."
+                )
+            padding = tuple(before for before, _ in both)
         self.window = Window.normalise(self.rank, kernel_size, stride, padding, dilation)
         self.reduction = reduction
-        self.generator = generator or BottleneckGenerator(
-            channels, self.groups, self.window.kernel_size, self.window.stride, reduction, norm, act
-        )
-        project = out_channels is not None and out_channels != channels
-        self.project = _CONV[self.rank - 1](channels, out_channels, 1) if project else nn.Identity()
+        if generator is None:
+            generator = BottleneckGenerator(
+                channels, self.groups, self.window.kernel_size, self.window.stride, reduction, norm, act
+            )
+        self.generator = generator
+        width = channels if out_channels is None else _whole("out_channels", out_channels)
+        self.project = nn.Identity() if width == channels else _CONV[self.rank - 1](channels, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`x` must be a tensor; got {type(x).__name__}.")
         if x.dim() != self.rank + 2 or x.shape[1] != self.channels:
             raise ValueError(
                 f"`x` must have shape (B, {self.channels}, {self.rank} spatial sizes) for {type(self).__name__} with "
@@ -180,8 +192,22 @@ class Involution3d(_Involution):
 def _groups(channels: int, groups: int | None, group_channels: int | None) -> int:
     if groups is not None and group_channels is not None:
         raise ValueError(f"give `groups` or `group_channels`, not both; got {groups} and {group_channels}.")
-    name, value = ("groups", groups) if groups is not None else ("group_channels", group_channels or 16)
-    if value < 1 or channels < 1 or channels % value:
+    name, value = ("groups", groups) if groups is not None else ("group_channels", group_channels)
+    value = 16 if value is None else _whole(name, value)
+    if channels % value:
         divisors = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
-        raise ValueError(f"`{name}` must divide the channels; got {name} {value} and {channels} channels. Choose from {divisors}.")
-    return value if groups is not None else channels // value
+        raise ValueError(
+            f"`{name}` must divide the channels; got {name} {value} and {channels} channels. Choose from {divisors}."
+        )
+    return channels // value if groups is None else value
+
+
+def _whole(name: str, value: int) -> int:
+    """`value` as an int of at least 1; errors name the argument `name`."""
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int; got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    return number

@@ -39,7 +39,7 @@ def involution(
         ValueError: if shapes, devices or window settings do not fit; the message shows both sides.
 
     Numerics: half types accumulate in float32. Every implementation is deterministic. Under `torch.autocast` both
-    tensors are cast to the autocast dtype, as convolution does.
+    tensors are cast to the autocast dtype unless they are float64, as convolution does.
 
     Example:
         >>> x, kernel = torch.randn(2, 32, 13, 13), torch.randn(2, 2, 3, 3, 7, 7)
@@ -49,10 +49,14 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021.
     """
     _check_tensors(x, kernel)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, kernel = x.to(dtype), kernel.to(dtype)
-    _check_dtypes(x, kernel)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x, kernel = _autocast(x, device), _autocast(kernel, device)
+    if x.dtype != kernel.dtype:
+        raise TypeError(
+            f"`x` and `kernel` must share a dtype; got {x.dtype} and {kernel.dtype}. "
+            "Convert one of them, or work under torch.autocast."
+        )
     window = Window.normalise(x.dim() - 2, kernel.shape[2 : x.dim()], stride, padding, dilation)
     _check_sizes(x, kernel, window)
     return library.forward(x, kernel, window.stride, window.padding, window.dilation)
@@ -62,6 +66,9 @@ def _check_tensors(x: Tensor, kernel: Tensor) -> None:
     for name, value in (("x", x), ("kernel", kernel)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
+        if value.dtype not in _DTYPES:
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise TypeError(f"`{name}` must have one of the dtypes {served}; got {value.dtype}.")
     rank = x.dim() - 2
     if not 1 <= rank <= 3:
         raise ValueError(f"`x` must have 3, 4 or 5 dimensions (B, C, 1 to 3 spatial); got shape {tuple(x.shape)}.")
@@ -70,19 +77,14 @@ def _check_tensors(x: Tensor, kernel: Tensor) -> None:
             f"`kernel` must have {2 + 2 * rank} dimensions (B, G, {rank} kernel sizes, {rank} output sizes) for `x` of "
             f"shape {tuple(x.shape)}; got shape {tuple(kernel.shape)}."
         )
+    if 0 in kernel.shape[2 : x.dim()]:
+        raise ValueError(f"`kernel` must have at least one tap on every axis; got shape {tuple(kernel.shape)}.")
     if x.device != kernel.device:
         raise ValueError(f"`x` and `kernel` must share a device; got {x.device} and {kernel.device}.")
 
 
-def _check_dtypes(x: Tensor, kernel: Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise TypeError(f"`x` must have one of the dtypes {served}; got {x.dtype}.")
-    if x.dtype != kernel.dtype:
-        raise TypeError(
-            f"`x` and `kernel` must share a dtype; got {x.dtype} and {kernel.dtype}. "
-            "Convert one of them, or work under torch.autocast."
-        )
+def _autocast(x: Tensor, device: str) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
 def _check_sizes(x: Tensor, kernel: Tensor, window: Window) -> None:
@@ -96,7 +98,7 @@ def _check_sizes(x: Tensor, kernel: Tensor, window: Window) -> None:
     if given != expected:
         hint = " Was it generated at the input resolution?" if given == tuple(x.shape[2:]) else ""
         raise ValueError(
-            f"`kernel` must end in the output size {expected} for `x` of spatial size {tuple(x.shape[2:])}, kernel size "
-            f"{window.kernel_size}, stride {window.stride}, padding {window.padding} and dilation {window.dilation}; "
-            f"got {given}.{hint}"
+            f"`kernel` must end in the output size {expected} for `x` of spatial size {tuple(x.shape[2:])}, "
+            f"kernel size {window.kernel_size}, stride {window.stride}, padding {window.padding} and dilation "
+            f"{window.dilation}; got {given}.{hint}"
         )

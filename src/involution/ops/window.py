@@ -64,13 +64,13 @@ def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, .
     if isinstance(value, Sequence) and not isinstance(value, str):
         entries = tuple(value)
         if len(entries) != rank:
-            raise ValueError(f"`{name}` must be an int or {rank} ints, one per spatial axis; got {value}.")
+            raise ValueError(f"`{name}` must be an int or one int per spatial axis, {rank} here; got {value}.")
     else:
         entries = (value,) * rank  # type: ignore[assignment]  # not an int after all: said below
     try:
         entries = tuple(map(index, entries))
     except TypeError:
-        raise TypeError(f"`{name}` must be an int or {rank} ints, one per spatial axis; got {value!r}.") from None
+        raise TypeError(f"`{name}` must be an int or one int per spatial axis, {rank} here; got {value!r}.") from None
     if any(entry < least for entry in entries):
         raise ValueError(f"`{name}` must be at least {least} on every axis; got {value}.")
     return entries
