@@ -1,0 +1,375 @@
+"""RedNet: ResNet with involution for every 3x3 convolution, registered with timm as rednet26, 38, 50, 101 and 152."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import Bottleneck as ResNetBottleneck
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from involution.nn import Involution2d
+
+_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_EXPANSION = 4
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class Bottleneck(nn.Module):
+    """1x1 convolution, involution, 1x1 convolution, each with its norm, around a shortcut: (B, C, *S) -> (B, 4 width, *O)."""
+
+    def __init__(self, channels: int, width: int, stride: int, dilation: int, **involution: Any) -> None:
+        super().__init__()
+        out = width * _EXPANSION
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = Involution2d(width, stride=stride, dilation=dilation, **involution)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or channels != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.act3 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.act2(self.bn2(self.conv2(y)))
+        return self.act3(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class RedNet(nn.Module):
+    """The paper's backbone and classifier: ResNet's bottlenecks with an involution in the middle, and an involution stem.
+
+    Args:
+        layers: blocks in each of the four stages.
+        num_classes: outputs of the classifier; 0 leaves it out.
+        in_chans: channels of the image.
+        global_pool: how timm pools the last feature map before the classifier: avg, max, avgmax, catavgmax or none ("").
+        drop_rate: dropout before the classifier.
+        output_stride: 32, or 16 or 8 for dense prediction: the last stages then dilate instead of striding.
+        stem: "involution", the published net, or "convolution", ResNet's 7x7 convolution of stride 2.
+        stem_kernel: kernel size of the stem's involution: 3 in the official classification code, 7 in its detection
+            and segmentation code.
+        stem_width: channels after the stem.
+        base_width: channels of the involutions in the first stage; each stage doubles them.
+        kernel_size: kernel size of the blocks' involutions.
+        groups: kernels per position in every block (1: a single kernel). Give this or `group_channels`.
+        group_channels: channels that share a kernel in every block. Default 16.
+        reduction: how much narrower the bottlenecks of the blocks' kernel generators are.
+        zero_init_last: start every block as its shortcut, by a last norm of zero.
+
+    `groups`, `group_channels` and `reduction` leave the stem alone, as the paper's ablations do.
+
+    Shapes: (B, in_chans, H, W) -> (B, num_classes). H and W may be odd.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit; the message names it.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("rednet26", num_classes=10, base_width=16, stem_width=32)
+        >>> model(torch.randn(1, 3, 33, 65)).shape
+        torch.Size([1, 10])
+
+    Source: Li et al., CVPR 2021, section 4.2 and table 1.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        output_stride: int = 32,
+        stem: Literal["involution", "convolution"] = "involution",
+        stem_kernel: int = 3,
+        stem_width: int = 64,
+        base_width: int = 64,
+        kernel_size: int = 7,
+        groups: int | None = None,
+        group_channels: int | None = None,
+        reduction: int = 4,
+        zero_init_last: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(kernel_size, stem_kernel, base_width, stem_width)
+        if stem not in ("involution", "convolution"):
+            raise ValueError(f"`stem` must be 'involution' or 'convolution'; got {stem!r}.")
+        if stem == "involution" and stem_width % 32:
+            raise ValueError(
+                f"`stem_width` must be a multiple of 32, for the stem's involution has 16 channels a group at half that "
+                f"width; got {stem_width}. Round it, or choose `stem` 'convolution'."
+            )
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"`output_stride` must be 8, 16 or 32; got {output_stride!r}.")
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        if stem == "involution":
+            self.stem = _involution_stem(in_chans, stem_width, stem_kernel)
+        else:
+            self.stem = _convolution_stem(in_chans, stem_width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
+
+        involution = {
+            "kernel_size": kernel_size,
+            "groups": groups,
+            "group_channels": group_channels,
+            "reduction": reduction,
+        }
+        channels, reached, dilation = stem_width, 4, 1
+        for index, (name, depth) in enumerate(zip(_STAGES, layers, strict=True)):
+            width = base_width * 2**index
+            stride, previous = min(2, index + 1), dilation
+            if reached * stride > output_stride:
+                stride, dilation = 1, dilation * stride
+            reached *= stride
+            blocks = nn.Sequential()
+            for block in range(depth):
+                # the first block still sees the spacing of the stage before
+                spacing = dilation if block else previous
+                blocks.append(Bottleneck(channels, width, 1 if block else stride, spacing, **involution))
+                channels = width * _EXPANSION
+            self.add_module(name, blocks)
+            self.feature_info.append({"num_chs": channels, "reduction": reached, "module": name})
+
+        self.num_features = channels
+        self.reset_classifier(num_classes, global_pool)
+        self.apply(_initialise)
+        if zero_init_last:
+            for module in self.modules():
+                if isinstance(module, Bottleneck):
+                    nn.init.zeros_(module.bn3.weight)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer; an identity if there are no classes."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh classifier for `num_classes` in place, and another pooling if `global_pool` names one."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.fc.apply(_initialise)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns that sort parameters into the stem, and stages (`coarse`) or blocks, for layer-wise decay."""
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass instead of keeping what is inside it."""
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The last feature map and those of `feature_info` at `indices`, as all timm models give them.
+
+        Args:
+            x: image, (B, in_chans, H, W).
+            indices: which of the stem (0) and the four stages: a list, or an int for that many last ones. Default: all.
+            norm: without meaning here; there is no norm after the last stage.
+            stop_early: run no stage after the last one asked for.
+            output_fmt: "NCHW", the only one served.
+            intermediates_only: leave the last feature map out of the answer.
+
+        Raises:
+            ValueError: for another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"`output_fmt` must be 'NCHW'; got {output_fmt!r}.")
+        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        x = self.stem(x)
+        if 0 in wanted:
+            intermediates.append(x)
+        x = self.maxpool(x)
+        for index, name in enumerate(_STAGES[:last] if stop_early else _STAGES, start=1):
+            x = self._run(self.get_submodule(name), x)
+            if index in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, (B, num_features, H / output_stride, W / output_stride), sizes rounded up."""
+        x = self.maxpool(self.stem(x))
+        for name in _STAGES:
+            x = self._run(self.get_submodule(name), x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits from the last feature map; with `pre_logits` what goes into the classifier."""
+        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+
+
+def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kwargs: Any) -> ResNet:
+    """timm's ResNet with the depths, widths and initialisation of the RedNet of the same `depth`.
+
+    Args:
+        depth: 26, 38, 50, 101 or 152.
+        base_width: channels of the 3x3 convolutions in the first stage; each stage doubles them.
+        stem_width: channels after the stem, a 7x7 convolution of stride 2.
+        kwargs: any other argument of timm's `ResNet`.
+
+    Example:
+        >>> sum(p.numel() for p in mirrored_resnet(26, base_width=16, stem_width=32, num_classes=10).parameters())
+        877754
+    """
+    widths = tuple(base_width * 2**index for index in range(len(_STAGES)))
+    # timm's plain stem is 64 wide whatever one asks; its deep stem is not, and gives way to a plain one here
+    model = ResNet(
+        ResNetBottleneck, _BLOCKS[depth], channels=widths, stem_type="deep", stem_width=stem_width // 2, **kwargs
+    )
+    model.conv1 = nn.Conv2d(kwargs.get("in_chans", 3), stem_width, 7, 2, 3, bias=False)
+    return model.apply(_initialise)
+
+
+def _check_sizes(kernel_size: int, stem_kernel: int, base_width: int, stem_width: int) -> None:
+    sizes = {"kernel_size": kernel_size, "stem_kernel": stem_kernel, "base_width": base_width, "stem_width": stem_width}
+    for name, value in sizes.items():
+        if not isinstance(value, int):
+            raise TypeError(f"`{name}` must be an int; got {value!r}.")
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        if "kernel" in name and value % 2 == 0:
+            raise ValueError(f"`{name}` must be odd, so that the involution keeps the size; got {value}.")
+
+
+def _involution_stem(in_chans: int, width: int, kernel_size: int) -> nn.Sequential:
+    half = width // 2
+    layers = {
+        "conv1": nn.Conv2d(in_chans, half, 3, 2, 1, bias=False),
+        "bn1": nn.BatchNorm2d(half),
+        "act1": nn.ReLU(inplace=True),
+        "conv2": Involution2d(half, kernel_size),
+        "bn2": nn.BatchNorm2d(half),
+        "act2": nn.ReLU(inplace=True),
+        "conv3": nn.Conv2d(half, width, 3, 1, 1, bias=False),
+        "bn3": nn.BatchNorm2d(width),
+        "act3": nn.ReLU(inplace=True),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _convolution_stem(in_chans: int, width: int) -> nn.Sequential:
+    layers = {
+        "conv1": nn.Conv2d(in_chans, width, 7, 2, 3, bias=False),
+        "bn1": nn.BatchNorm2d(width),
+        "act1": nn.ReLU(inplace=True),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# The official code's names, by the pieces in which they differ from ours.
+_OFFICIAL = (
+    ("stem.0.conv.", "stem.conv1."),
+    ("stem.0.bn.", "stem.bn1."),
+    ("stem.1.", "stem.conv2."),
+    ("stem.2.", "stem.bn2."),
+    ("stem.4.conv.", "stem.conv3."),
+    ("stem.4.bn.", "stem.bn3."),
+    (".conv1.conv.", ".generator.reduce."),
+    (".conv1.bn.", ".generator.norm."),
+    (".conv2.conv.", ".generator.span."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """An official state dict, of the classification or the detection code, under our names; ours stays as it is."""
+    renamed = {}
+    for key, value in state_dict.items():
+        key = key.removeprefix("backbone.").removeprefix("head.")
+        for official, ours in _OFFICIAL:
+            key = key.replace(official, ours)
+        renamed[key] = value
+    return renamed
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "fc",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"rednet{depth}": _cfg() for depth in _BLOCKS})
+
+
+def _rednet(depth: int, pretrained: bool, **kwargs: Any) -> RedNet:
+    return build_model_with_cfg(
+        RedNet, f"rednet{depth}", pretrained, pretrained_filter_fn=checkpoint_filter_fn, layers=_BLOCKS[depth], **kwargs
+    )
+
+
+@register_model
+def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-26: 9.2 M parameters."""
+    return _rednet(26, pretrained, **kwargs)
+
+
+@register_model
+def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-38: 12.4 M parameters."""
+    return _rednet(38, pretrained, **kwargs)
+
+
+@register_model
+def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-50: 15.5 M parameters."""
+    return _rednet(50, pretrained, **kwargs)
+
+
+@register_model
+def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-101: 25.7 M parameters."""
+    return _rednet(101, pretrained, **kwargs)
+
+
+@register_model
+def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-152: 34.0 M parameters."""
+    return _rednet(152, pretrained, **kwargs)
