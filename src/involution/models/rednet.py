@@ -6,10 +6,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier
+from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck as ResNetBottleneck
@@ -24,7 +23,10 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class Bottleneck(nn.Module):
-    """1x1 convolution, involution, 1x1 convolution, each with its norm, around a shortcut: (B, C, *S) -> (B, 4 width, *O)."""
+    """1x1 convolution, involution, 1x1 convolution, each with its norm, beside a shortcut.
+
+    Shapes: (B, C, H, W) -> (B, 4 width, ceil(H / stride), ceil(W / stride)).
+    """
 
     def __init__(self, channels: int, width: int, stride: int, dilation: int, **involution: Any) -> None:
         super().__init__()
@@ -43,19 +45,20 @@ class Bottleneck(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The feature map of the block from that of the one before."""
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.act2(self.bn2(self.conv2(y)))
         return self.act3(self.bn3(self.conv3(y)) + self.downsample(x))
 
 
 class RedNet(nn.Module):
-    """The paper's backbone and classifier: ResNet's bottlenecks with an involution in the middle, and an involution stem.
+    """The paper's backbone and classifier: ResNet's bottlenecks around involutions, and an involution stem.
 
     Args:
         layers: blocks in each of the four stages.
         num_classes: outputs of the classifier; 0 leaves it out.
         in_chans: channels of the image.
-        global_pool: how timm pools the last feature map before the classifier: avg, max, avgmax, catavgmax or none ("").
+        global_pool: how timm pools the last feature map: "avg", "max", "avgmax", "catavgmax", or "" for not at all.
         drop_rate: dropout before the classifier.
         output_stride: 32, or 16 or 8 for dense prediction: the last stages then dilate instead of striding.
         stem: "involution", the published net, or "convolution", ResNet's 7x7 convolution of stride 2.
@@ -85,6 +88,9 @@ class RedNet(nn.Module):
     Source: Li et al., CVPR 2021, section 4.2 and table 1.
     """
 
+    global_pool: SelectAdaptivePool2d
+    fc: nn.Module
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -104,13 +110,15 @@ class RedNet(nn.Module):
         zero_init_last: bool = True,
     ) -> None:
         super().__init__()
-        _check_sizes(kernel_size, stem_kernel, base_width, stem_width)
+        _check_sizes(kernel_size=kernel_size, stem_kernel=stem_kernel, base_width=base_width, stem_width=stem_width)
+        if len(layers) != len(_STAGES):
+            raise ValueError(f"`layers` must have one entry for each of the {len(_STAGES)} stages; got {layers}.")
         if stem not in ("involution", "convolution"):
             raise ValueError(f"`stem` must be 'involution' or 'convolution'; got {stem!r}.")
         if stem == "involution" and stem_width % 32:
             raise ValueError(
-                f"`stem_width` must be a multiple of 32, for the stem's involution has 16 channels a group at half that "
-                f"width; got {stem_width}. Round it, or choose `stem` 'convolution'."
+                "`stem_width` must be a multiple of 32 for the stem's involution, which has half as many channels, "
+                f"16 a group; got {stem_width}. Choose {stem_width // 32 * 32 + 32}, or `stem` 'convolution'."
             )
         if output_stride not in (8, 16, 32):
             raise ValueError(f"`output_stride` must be 8, 16 or 32; got {output_stride!r}.")
@@ -165,7 +173,8 @@ class RedNet(nn.Module):
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.fc.apply(_initialise)
+        weight = next(self.parameters())
+        self.fc.apply(_initialise).to(weight.device, weight.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that sort parameters into the stem, and stages (`coarse`) or blocks, for layer-wise decay."""
@@ -224,6 +233,7 @@ class RedNet(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of the images `x`."""
         return self.forward_head(self.forward_features(x))
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -239,10 +249,17 @@ def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kw
         stem_width: channels after the stem, a 7x7 convolution of stride 2.
         kwargs: any other argument of timm's `ResNet`.
 
+    Raises:
+        ValueError: if there is no RedNet of this depth, or `stem_width` is odd.
+
     Example:
         >>> sum(p.numel() for p in mirrored_resnet(26, base_width=16, stem_width=32, num_classes=10).parameters())
-        877754
+        744170
     """
+    if depth not in _BLOCKS:
+        raise ValueError(f"`depth` must be one of {', '.join(map(str, _BLOCKS))}; got {depth}.")
+    if stem_width % 2:
+        raise ValueError(f"`stem_width` must be even; got {stem_width}.")
     widths = tuple(base_width * 2**index for index in range(len(_STAGES)))
     # timm's plain stem is 64 wide whatever one asks; its deep stem is not, and gives way to a plain one here
     model = ResNet(
@@ -252,14 +269,13 @@ def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kw
     return model.apply(_initialise)
 
 
-def _check_sizes(kernel_size: int, stem_kernel: int, base_width: int, stem_width: int) -> None:
-    sizes = {"kernel_size": kernel_size, "stem_kernel": stem_kernel, "base_width": base_width, "stem_width": stem_width}
+def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int):
             raise TypeError(f"`{name}` must be an int; got {value!r}.")
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
-        if "kernel" in name and value % 2 == 0:
+        if name in ("kernel_size", "stem_kernel") and value % 2 == 0:
             raise ValueError(f"`{name}` must be odd, so that the involution keeps the size; got {value}.")
 
 
@@ -297,8 +313,8 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# The official code's names, by the pieces in which they differ from ours.
-_OFFICIAL = (
+# (official, ours): the pieces in which the official code's names of parameters differ from ours
+OFFICIAL_NAMES = (
     ("stem.0.conv.", "stem.conv1."),
     ("stem.0.bn.", "stem.bn1."),
     ("stem.1.", "stem.conv2."),
@@ -316,7 +332,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
     renamed = {}
     for key, value in state_dict.items():
         key = key.removeprefix("backbone.").removeprefix("head.")
-        for official, ours in _OFFICIAL:
+        for official, ours in OFFICIAL_NAMES:
             key = key.replace(official, ours)
         renamed[key] = value
     return renamed
@@ -345,31 +361,30 @@ def _rednet(depth: int, pretrained: bool, **kwargs: Any) -> RedNet:
     )
 
 
-@register_model
 def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-26: 9.2 M parameters."""
     return _rednet(26, pretrained, **kwargs)
 
 
-@register_model
 def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-38: 12.4 M parameters."""
     return _rednet(38, pretrained, **kwargs)
 
 
-@register_model
 def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-50: 15.5 M parameters."""
     return _rednet(50, pretrained, **kwargs)
 
 
-@register_model
 def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-101: 25.7 M parameters."""
     return _rednet(101, pretrained, **kwargs)
 
 
-@register_model
 def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-152: 34.0 M parameters."""
     return _rednet(152, pretrained, **kwargs)
+
+
+for entrypoint in (rednet26, rednet38, rednet50, rednet101, rednet152):
+    register_model(entrypoint)

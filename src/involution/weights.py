@@ -1,0 +1,106 @@
+"""Checkpoints of the official code: read them safely, load them into our RedNets, and write ours under their names."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from involution.models.rednet import OFFICIAL_NAMES, RedNet, checkpoint_filter_fn
+
+_SHOWN = 3
+
+
+def load_official(path: str | PathLike[str], model: RedNet) -> None:
+    """Load a checkpoint of the official classification, detection or segmentation code into `model`, every entry of it.
+
+    A model without classifier (`num_classes=0`) takes the backbone and leaves the checkpoint's classifier alone.
+
+    Args:
+        path: the file, as the official training wrote it.
+        model: a RedNet of the same depth and widths, whose parameters and buffers are overwritten.
+
+    Raises:
+        ValueError: if the file cannot be read safely, or is the checkpoint of another model; `model` is then unchanged.
+
+    Example:
+        model = timm.create_model("rednet50", stem_kernel=7, num_classes=0)
+        load_official("rednet50.pth", model)
+    """
+    given, expected = checkpoint_filter_fn(read(path)), model.state_dict()
+    if model.num_classes == 0:
+        given = {key: value for key, value in given.items() if not key.startswith("fc.")}
+    problem = mismatch(expected, given)
+    if problem:
+        raise ValueError(f"{path} does not fit the model: {problem}.{_repair(expected, given)}")
+    model.load_state_dict(given)
+
+
+def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a RedNet under the names of the official classification code, in its order."""
+    renamed = {}
+    for key, value in state_dict.items():
+        for official, ours in OFFICIAL_NAMES:
+            key = key.replace(ours, official)
+        renamed[("head." if key.startswith("fc.") else "backbone.") + key] = value
+    return renamed
+
+
+def read(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a torch checkpoint, bare or under "state_dict", on the CPU; nothing in the file is executed.
+
+    Raises:
+        ValueError: if the file is no checkpoint, or holds more than tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read safely: it is no torch checkpoint, or holds more than tensors and plain values."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict, neither bare nor under the key 'state_dict'.")
+    return state
+
+
+def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """What keeps the state dict `given` from filling the state dict `expected`, in words; empty if nothing does.
+
+    Example:
+        >>> mismatch({"a": torch.ones(2), "b": torch.ones(3)}, {"b": torch.ones(4), "c": torch.ones(5)})
+        '1 of 2 entries missing (a); 1 unknown (c); 1 of another shape (b is (4,), not (3,))'
+    """
+    missing = [key for key in expected if key not in given]
+    unknown = [key for key in given if key not in expected]
+    misshapen = [
+        f"{key} is {tuple(given[key].shape)}, not {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of {len(expected)} entries missing ({_some(missing)})")
+    if unknown:
+        parts.append(f"{len(unknown)} unknown ({_some(unknown)})")
+    if misshapen:
+        parts.append(f"{len(misshapen)} of another shape ({_some(misshapen)})")
+    return "; ".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _repair(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    stem, head = "stem.conv2.generator.span.bias", "fc.weight"
+    if head in expected and head not in given:
+        return " It holds no classifier: build the model with `num_classes=0`, and reset_classifier after loading."
+    if stem in expected and stem in given and expected[stem].shape != given[stem].shape:
+        return (
+            " The stem's involution is 3x3 in the official classification code, 7x7 in the others: see `stem_kernel`."
+        )
+    return ""
