@@ -1,20 +1,27 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-INSTALLED := .venv/.installed
 
 .PHONY: help setup train test test-slow lint
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-setup: $(INSTALLED) ## Make the virtual environment .venv with pinned versions and the compiled library
+setup: ## Make the virtual environment .venv with pinned versions and the compiled library
+	@$(MAKE) --no-print-directory -j2 .venv/.dependencies .venv/.compiled
+	@$(BIN)/python -c 'import involution; print("Ready:", involution.implementations())'
 
-# Re-made only when what it is made from changes. Byte-compiling is left to the first import: it would double the time.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt src/involution/csrc/involution.cpp
+# Each stamp is re-made only when what it is made from changes; the two run side by side.
+$(BIN)/python:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --progress-bar on -c constraints.txt -e '.[dev]'
+
+# Byte-compiling is left to the first import of each module: few are ever imported.
+.venv/.dependencies: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --no-compile -r constraints.txt
 	@touch $@
-	@$(BIN)/python -c 'import involution; print("Installed. Implementations:", involution.implementations())'
+
+.venv/.compiled: pyproject.toml CMakeLists.txt src/involution/csrc/involution.cpp | $(BIN)/python
+	$(BIN)/python -m pip install --no-compile --no-deps -e .
+	@touch $@
 
 train: setup ## Train a small RedNet and its mirrored ResNet on handwritten digits and compare them
 	$(BIN)/involution compare

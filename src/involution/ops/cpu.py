@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -67,8 +66,8 @@ def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, stride: Ints, padding
 def _load(variant: str | None = None) -> tuple[ctypes.CDLL | None, str]:
     """The library compiled for `variant`, by default the best this processor runs, and the variant's name."""
     variant = variant or _SUFFIXES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    with resources.as_file(resources.files("involution.ops") / f"libinvolution-{variant}.so") as path:
-        return (ctypes.CDLL(str(path)) if Path(path).exists() else None), variant
+    path = Path(__file__).with_name(f"libinvolution-{variant}.so")
+    return (ctypes.CDLL(str(path)) if path.exists() else None), variant
 
 
 _library, _variant = _load()
