@@ -1,0 +1,140 @@
+"""Whatever serves this device, against the reference in float64: one tolerance, every awkward window and layout."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from involution import implementations
+
+from ..cases import (
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    OPS,
+    Case,
+    Problem,
+    arguments,
+    case,
+    problem,
+    run_served,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
+    problem(case, dtype).check(run_served, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch == 2 and 0 not in c.size][::3], ids=str)
+def test_expanded_inputs(case: Case, dtype: torch.dtype) -> None:
+    """Stride 0: one image for the batch, one kernel for all positions, and the gradient that `sum` sends back."""
+    x, kernel, grad = case.tensors(dtype)
+    rank = x.dim() - 2
+    kernel = kernel[(..., *(slice(1),) * rank)].expand_as(kernel)
+    Problem(x[:1].expand_as(x), kernel, grad.flatten()[0].expand_as(grad), case.window).check(run_served)
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> Case:
+    rank = draw(st.integers(1, 3))
+
+    def per_axis(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(least, most)) for _ in range(rank))
+
+    kernel_size, stride, dilation = per_axis(1, 4), per_axis(1, 3), per_axis(1, 3)
+    padding = per_axis(0, 4)
+    needed = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
+    size = tuple(max(1, n) + draw(st.integers(0, 20 // rank**2)) for n in needed)
+    groups, group_channels = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    return case(size, kernel_size, stride, padding, dilation, draw(st.integers(0, 3)), groups, group_channels)
+
+
+@given(case=_cases(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)))
+def test_drawn_windows(case: Case, dtype: torch.dtype, layout: str) -> None:
+    Problem(*case.tensors(dtype), case.window).check(run_served, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_half_types_accumulate_in_float32(dtype: torch.dtype) -> None:
+    """4096 ones: a bfloat16 sum stops at 256, a float16 sum at 2048."""
+    n = 4096
+    ones = torch.ones(1, n, n, dtype=dtype)
+    x, tap, grad = ones[:, :1], ones[:, :1, :, None], ones[:, :1, :1]
+    torch.testing.assert_close(torch.ops.involution.forward(x, tap, [1], [0], [1]), grad * n, rtol=0, atol=0)
+
+    full = ones[:, :1, :1, None].expand(1, 1, n, n)  # a single x, seen by n outputs, each through another tap
+    got = torch.ops.involution.grad_x(x, full, [1], [1], [n - 1], [1])
+    torch.testing.assert_close(got, grad * n, rtol=0, atol=0)
+
+    got = torch.ops.involution.grad_kernel(ones[..., :1], ones[..., :1], 1, [1], [1], [0], [1])
+    torch.testing.assert_close(got, tap[..., :1, :] * n, rtol=0, atol=0)
+
+
+_REPEATED = (
+    case((28, 30), 7, padding=3, batch=3, group_channels=16),
+    case((28, 30), 3, stride=2, padding=1, batch=3, groups=5, group_channels=3),
+)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", _REPEATED, ids=str)
+def test_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype, layout: str) -> None:
+    tensors = [lay(t, 2) for lay, t in zip(LAYOUTS[layout], case.tensors(dtype), strict=True)]
+    before = torch.get_num_threads()
+
+    def run(_: int) -> list[torch.Tensor]:
+        return [run_served(op, *tensors, case.window) for op in OPS]
+
+    try:
+        torch.set_num_threads(1)
+        first = run(0)
+        torch.set_num_threads(2)
+        again = [run(0), run(1)]
+        with ThreadPoolExecutor(4) as pool:
+            again += pool.map(run, range(8))
+    finally:
+        torch.set_num_threads(before)
+    for others in again:
+        for expected, got in zip(first, others, strict=True):
+            assert torch.equal(expected, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_strides_beyond_int32(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Batch entries more than 2^31 elements apart; only the pages in use are touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    tensors = case((9, 9), 3, stride=2, padding=1, group_channels=16).tensors(torch.bfloat16)
+    window = case((9, 9), 3, stride=2, padding=1).window
+    far = []
+    for t in tensors:
+        stride = 2**31 + 64
+        buffer = torch.empty(stride + t[0].numel(), dtype=t.dtype)
+        far.append(buffer.as_strided(t.shape, (stride, *t.stride()[1:])).copy_(t))
+    Problem(*tensors, window).check_op(op, run_served(op, *far, window))
+
+
+@pytest.mark.slow
+def test_more_than_int32_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One output of more than 2^31 elements, checked on both sides of the limit and at its end."""
+    if implementations()["cpu"] == "reference":
+        pytest.skip("the reference would hold several float32 copies of the 4 GiB output")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    length = 2**15
+    channels = 2**31 // length + 8
+    row = torch.randn(length, dtype=torch.bfloat16)
+    kernel = torch.full((1, 1, 1, 1), 2.0, dtype=torch.bfloat16).expand(1, 1, 1, length)
+    x = row.expand(1, channels, length)
+    for op in ("forward", "grad_x"):
+        window = case((length,), 1).window
+        out = getattr(torch.ops.involution, op)(*arguments(op, x, kernel, x, window))
+        for channel in (0, 2**31 // length - 1, 2**31 // length, channels - 1):
+            assert torch.equal(out[0, channel], 2 * row)
+        del out
