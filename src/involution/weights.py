@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from os import PathLike
 
@@ -55,12 +54,13 @@ def read(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is no checkpoint, or holds more than tensors and plain values.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} cannot be read safely: it is no torch checkpoint, or holds more than tensors and plain values."
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or malicious file can make the parser raise anything
+            raise ValueError(
+                f"{path} cannot be read safely: it is no torch checkpoint, or holds more than tensors and plain values."
+            ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict, neither bare nor under the key 'state_dict'.")

@@ -1,0 +1,418 @@
+"""RedNet: the paper's counts, timm's contract, and what an argument that does not fit is told."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint
+from timm.models.resnet import Bottleneck as ResNetBottleneck
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from involution.models import RedNet, mirrored_resnet
+from involution.models.rednet import Bottleneck
+
+SLIM = {"base_width": 16, "stem_width": 32, "num_classes": 10}
+REDUCTIONS = {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}
+
+
+def slim(name: str = "rednet26", **kwargs: Any) -> RedNet:
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SLIM | kwargs))
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """`model` in evaluation mode, with norms as after training: no branch is zero, and no value runs away."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs(model: nn.Module) -> float:
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+# The paper's counts
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters", "parameters_7", "operations", "operations_7", "mirrored"),
+    [
+        (26, 9_233_166, 9_233_886, 1_685_176_832, 1_709_261_312, 13_696_552),
+        (38, 12_386_986, 12_387_706, 2_166_841_344, 2_190_925_824, 19_626_792),
+        (50, 15_540_806, 15_541_526, 2_648_505_856, 2_672_590_336, 25_557_032),
+        (101, 25_652_950, 25_653_670, 4_659_008_000, 4_683_092_480, 44_549_160),
+        (152, 33_984_582, 33_985_302, 6_679_344_640, 6_703_429_120, 60_192_808),
+    ],
+)
+def test_counts(
+    depth: int, parameters: int, parameters_7: int, operations: int, operations_7: int, mirrored: int
+) -> None:
+    with torch.device("meta"):
+        model, model_7 = timm.create_model(f"rednet{depth}"), timm.create_model(f"rednet{depth}", stem_kernel=7)
+        assert (count(model), count(model_7)) == (parameters, parameters_7)
+        assert (macs(model), macs(model_7)) == (operations, operations_7)
+        assert count(mirrored_resnet(depth)) == mirrored
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "parameters"),
+    [
+        ({"kernel_size": 3}, 14_745_446),
+        ({"kernel_size": 5}, 15_063_590),
+        ({"kernel_size": 9}, 16_177_094),
+        ({"group_channels": 1}, 30_155_546),
+        ({"group_channels": 4}, 18_463_754),
+        ({"groups": 1}, 14_613_530),
+        ({"reduction": 1}, 19_377_830),
+        ({"reduction": 16}, 14_581_550),
+        ({"stem": "convolution"}, 15_540_806 - 19_986 + 9_536),
+    ],
+    ids=str,
+)
+def test_ablation_counts(kwargs: dict[str, Any], parameters: int) -> None:
+    with torch.device("meta"):
+        assert count(timm.create_model("rednet50", **kwargs)) == parameters
+
+
+# Initialisation
+
+
+def test_initialisation() -> None:
+    model = slim(base_width=64, num_classes=1000)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            assert not module.bias.any()
+        if isinstance(module, nn.BatchNorm2d):
+            assert not module.bias.any()
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    zero = {name for name, module in norms.items() if not module.weight.any()}
+    assert zero == {name for name in norms if name.startswith("layer") and name.endswith("bn3")}
+    assert all((module.weight == 1).all() for name, module in norms.items() if name not in zero)
+
+
+def test_blocks_need_not_start_as_shortcuts() -> None:
+    assert all((block.bn3.weight == 1).all() for block in slim(zero_init_last=False).layer3)
+
+
+# timm's contract
+
+
+def test_registered() -> None:
+    assert timm.list_models("rednet*") == ["rednet26", "rednet38", "rednet50", "rednet101", "rednet152"]
+    assert timm.list_models(module="rednet", pretrained=True) == []
+
+
+def test_data_configuration() -> None:
+    config = timm.data.resolve_model_data_config(slim())
+    assert config == {
+        "input_size": (3, 224, 224),
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
+
+
+def test_no_pretrained_weights_are_promised() -> None:
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for rednet26"):
+        slim(pretrained=True)
+
+
+@pytest.mark.parametrize("stem", ["involution", "convolution"])
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+def test_features_only(output_stride: int, stem: str) -> None:
+    model = slim(features_only=True, output_stride=output_stride, stem=stem)
+    assert model.feature_info.reduction() == REDUCTIONS[output_stride]
+    assert model.feature_info.channels() == [32, 64, 128, 256, 512]
+    maps = model(torch.randn(1, 3, 64, 96))
+    expected = [
+        (1, channels, 64 // reduction, 96 // reduction)
+        for channels, reduction in zip([32, 64, 128, 256, 512], REDUCTIONS[output_stride], strict=True)
+    ]
+    assert [tuple(m.shape) for m in maps] == expected
+
+
+def test_features_only_is_the_same_network() -> None:
+    model, features = lived_in(slim()), slim(features_only=True).eval()
+    assert features.load_state_dict(model.state_dict(), strict=False).missing_keys == []
+    x = torch.randn(1, 3, 64, 64)
+    last, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(features(x), maps, rtol=0, atol=0)
+    torch.testing.assert_close(model.forward_features(x), last, rtol=0, atol=0)
+    torch.testing.assert_close(maps[-1], last, rtol=0, atol=0)
+
+
+def test_forward_intermediates() -> None:
+    model, x, ran = slim().eval(), torch.randn(1, 3, 64, 64), []
+    everything = model.forward_intermediates(x, intermediates_only=True)
+    assert len(everything) == 5
+    model.layer4.register_forward_hook(lambda *_: ran.append("layer4"))
+    some = model.forward_intermediates(x, indices=[0, -2], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(some, [everything[0], everything[3]], rtol=0, atol=0)
+    assert ran == []
+    torch.testing.assert_close(model.forward_intermediates(x, indices=2)[1], everything[3:], rtol=0, atol=0)
+    assert ran == ["layer4"]
+    with pytest.raises(ValueError, match=r"`output_fmt` must be 'NCHW'; got 'NLC'\."):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_head() -> None:
+    model, x = slim(drop_rate=0.5), torch.randn(2, 3, 32, 32)
+    assert (model.num_features, model.head_hidden_size) == (512, 512)
+    assert model.get_classifier() is model.fc
+    features = model.eval().forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    torch.testing.assert_close(model.fc(pooled), model(x), rtol=0, atol=0)
+    dropped = model.train().forward_head(features, pre_logits=True)
+    assert 0.3 < (dropped[pooled != 0] == 0).float().mean() < 0.7
+
+
+def test_no_classes() -> None:
+    model = slim(num_classes=0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 512)
+    assert slim(num_classes=0, global_pool="")(torch.randn(2, 3, 64, 32)).shape == (2, 512, 2, 1)
+
+
+def test_reset_classifier() -> None:
+    model = slim().double()
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert (model.fc.weight.shape, model.fc.weight.dtype) == ((7, 512), torch.float64)
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not model.fc.bias.any()
+    assert model.global_pool.pool_type == "avg"
+    model.reset_classifier(7, "catavgmax")
+    assert model.head_hidden_size == 1024
+    assert model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).shape == (2, 7)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+
+
+def test_one_input_channel_takes_the_sum_of_the_weights_of_three(tmp_path: Any) -> None:
+    source = slim()
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    model = slim(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(model.stem.conv1.weight, source.stem.conv1.weight.sum(1, keepdim=True))
+    torch.testing.assert_close(model.fc.weight, source.fc.weight, rtol=0, atol=0)
+    assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+
+
+def test_pretrained_weights_lend_themselves_to_another_number_of_classes(tmp_path: Any) -> None:
+    source = slim()
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    model = slim(num_classes=4, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(model.layer4[0].conv3.weight, source.layer4[0].conv3.weight, rtol=0, atol=0)
+    assert model.fc.weight.shape == (4, 512)
+
+
+def test_timm_checkpoint_round_trip(tmp_path: Any) -> None:
+    source = lived_in(slim())
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
+    model = slim(zero_init_last=False)
+    load_checkpoint(model, str(tmp_path / "weights.pth"))
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), source(x), rtol=0, atol=0)
+
+
+def test_groups_for_layer_decay() -> None:
+    model = slim()
+    stem, *blocks, head = timm.models.group_parameters(model, model.group_matcher()).values()
+    assert {name.split(".")[0] for name in stem} == {"stem"}
+    assert [{".".join(name.split(".")[:2]) for name in names} for names in blocks] == [
+        {f"layer{stage}.{block}"} for stage, depth in enumerate((1, 2, 4, 1), start=1) for block in range(depth)
+    ]
+    assert head == ["fc.weight", "fc.bias"]
+    _, *stages, _ = timm.models.group_parameters(model, model.group_matcher(coarse=True)).values()
+    assert [{name.split(".")[0] for name in names} for names in stages] == [{f"layer{stage}"} for stage in (1, 2, 3, 4)]
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("size", [(7, 7), (13, 13), (97, 101), (333, 501)])
+@pytest.mark.parametrize("output_stride", [32, 8])
+def test_any_size(size: tuple[int, int], output_stride: int) -> None:
+    model = slim(output_stride=output_stride).eval()
+    _, maps = model.forward_intermediates(torch.randn(1, 3, *size))
+    for feature_map, reduction in zip(maps, REDUCTIONS[output_stride], strict=True):
+        assert feature_map.shape[2:] == tuple(-(-s // reduction) for s in size)
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "stride", "dilation"),
+    [(32, [1, 2, 2, 2], [1, 1, 1, 1]), (16, [1, 2, 2, 1], [1, 1, 1, 2]), (8, [1, 2, 1, 1], [1, 1, 2, 4])],
+)
+def test_dilation_in_place_of_stride(output_stride: int, stride: list[int], dilation: list[int]) -> None:
+    model = slim("rednet50", output_stride=output_stride)
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    assert [stage[0].conv2.window.stride for stage in stages] == [(s, s) for s in stride]
+    assert [stage[0].conv2.window.dilation for stage in stages] == [(d, d) for d in [1, *dilation[:-1]]]
+    assert [stage[-1].conv2.window.dilation for stage in stages] == [(d, d) for d in dilation]
+    assert all(block.conv2.window.stride == (1, 1) for stage in stages for block in stage[1:])
+
+
+def test_a_dilated_block_computes_what_the_strided_one_does_between_its_positions() -> None:
+    """Without the pooling of the strided generator, the strided net's map is the dilated net's at every other place."""
+    strided, dilated = lived_in(slim()), slim(output_stride=16).eval()
+    dilated.load_state_dict(strided.state_dict())
+    strided.layer4[0].conv2.generator.pool = nn.AvgPool2d(1, 2)
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(dilated.forward_features(x)[..., ::2, ::2], strided.forward_features(x))
+
+
+def test_arguments_reach_the_blocks_and_not_the_stem() -> None:
+    model = slim(kernel_size=5, group_channels=8, reduction=2, stem_kernel=7)
+    stem, block = model.stem.conv2, model.layer2[1].conv2
+    assert (stem.window.kernel_size, stem.groups, stem.generator.reduce.out_channels) == ((7, 7), 1, 4)
+    assert (block.window.kernel_size, block.groups, block.generator.reduce.out_channels) == ((5, 5), 4, 16)
+
+
+def test_convolution_stem_is_that_of_resnet() -> None:
+    stem, mirrored = slim(stem="convolution").stem, mirrored_resnet(26, base_width=16, stem_width=32)
+    assert [str(layer) for layer in stem] == [str(mirrored.conv1), str(mirrored.bn1), str(mirrored.act1)]
+
+
+# Training, compiling, exporting
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    for name, gradient in gradients(lived_in(slim()).train(), torch.randn(2, 3, 64, 64)).items():
+        assert gradient.abs().max() > 0, name
+
+
+def test_grad_checkpointing_changes_no_gradient() -> None:
+    model, x = lived_in(slim()).train(), torch.randn(2, 3, 64, 64)
+    expected, calls = gradients(model, x), []
+    model.set_grad_checkpointing()
+    model.layer2[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    actual = gradients(model, x)
+    assert len(calls) == 2
+    torch.testing.assert_close(actual, expected)
+    assert model.forward_intermediates(x)[1][4].grad_fn is not None
+    assert len(calls) == 3
+    model.set_grad_checkpointing(False)
+    gradients(model, x)
+    assert len(calls) == 4
+
+
+def test_exported_program_is_equal() -> None:
+    model, x = lived_in(slim()), torch.randn(1, 3, 33, 65)
+    exported = torch.export.export(model, (x,))
+    assert any(node.target is torch.ops.involution.forward.default for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_compiles_to_one_graph() -> None:
+    model, x = lived_in(slim()), torch.randn(1, 3, 33, 65)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.slow
+def test_rednet50_compiles_to_an_equal_program() -> None:
+    model, x = lived_in(timm.create_model("rednet50")), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+# The mirrored ResNet
+
+
+@pytest.mark.parametrize(("base_width", "stem_width"), [(64, 64), (16, 32)])
+def test_mirror_has_the_same_skeleton(base_width: int, stem_width: int) -> None:
+    """Away from the 3x3 convolutions and the involutions, both nets have the same parameters."""
+    with torch.device("meta"):
+        rednet = timm.create_model("rednet38", base_width=base_width, stem_width=stem_width, stem="convolution")
+        mirror = mirrored_resnet(38, base_width, stem_width)
+    ours = {key.removeprefix("stem."): p.shape for key, p in rednet.named_parameters() if ".conv2." not in key}
+    assert ours == {key: p.shape for key, p in mirror.named_parameters() if ".conv2." not in key}
+    involutions = [block.conv2 for block in rednet.modules() if isinstance(block, Bottleneck)]
+    convolutions = [block.conv2 for block in mirror.modules() if isinstance(block, ResNetBottleneck)]
+    assert [(layer.channels, layer.window.stride) for layer in involutions] == [
+        (layer.in_channels, layer.stride) for layer in convolutions
+    ]
+
+
+def test_mirror_is_the_resnet_of_timm() -> None:
+    mirror, resnet = mirrored_resnet(50).eval(), timm.create_model("resnet50").eval()
+    mirror.load_state_dict(resnet.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(mirror(x), resnet(x), rtol=0, atol=0)
+
+
+def test_mirror_is_initialised_alike() -> None:
+    mirror = mirrored_resnet(26, in_chans=1)
+    assert mirror.conv1.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)
+    assert mirror.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert all(not stage[0].bn3.weight.any() for stage in (mirror.layer1, mirror.layer4))
+
+
+# What an argument that does not fit is told
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"stem": "deep"}, ValueError, r"`stem` must be 'involution' or 'convolution'; got 'deep'\."),
+        ({"output_stride": 4}, ValueError, r"`output_stride` must be 8, 16 or 32; got 4\."),
+        (
+            {"stem_width": 48},
+            ValueError,
+            r"`stem_width` must be a multiple of 32 .* got 48\. Choose 64, or `stem` 'conv",
+        ),
+        ({"stem_width": 0}, ValueError, r"`stem_width` must be at least 1; got 0\."),
+        ({"base_width": 16.0}, TypeError, r"`base_width` must be an int; got 16\.0\."),
+        ({"base_width": 24}, ValueError, r"`group_channels` must divide the channels; got group_channels 16 and 24 ch"),
+        ({"kernel_size": 4}, ValueError, r"`kernel_size` must be odd, so that the involution keeps the size; got 4\."),
+        ({"kernel_size": "7"}, TypeError, r"`kernel_size` must be an int; got '7'\."),
+        ({"stem_kernel": 2}, ValueError, r"`stem_kernel` must be odd, .* got 2\."),
+        ({"group_channels": 5}, ValueError, r"`group_channels` must divide the channels; got group_channels 5 and 16"),
+        (
+            {"groups": 3},
+            ValueError,
+            r"`groups` must divide the channels; got groups 3 and 16 channels\. Choose from 1,",
+        ),
+        ({"groups": 1, "group_channels": 4}, ValueError, r"give `groups` or `group_channels`, not both; got 1 and 4\."),
+        ({"reduction": 3}, ValueError, r"`reduction` must divide the channels; got reduction 3 and 16 channels\."),
+    ],
+)
+def test_errors(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        slim(**kwargs)
+
+
+def test_layers_error() -> None:
+    with pytest.raises(ValueError, match=r"`layers` must have one entry for each of the 4 stages; got \(1, 2, 4\)\."):
+        RedNet((1, 2, 4))
+
+
+def test_mirror_errors() -> None:
+    with pytest.raises(ValueError, match=r"`depth` must be one of 26, 38, 50, 101, 152; got 18\."):
+        mirrored_resnet(18)
+    with pytest.raises(ValueError, match=r"`stem_width` must be even; got 33\."):
+        mirrored_resnet(26, stem_width=33)

@@ -1,0 +1,132 @@
+"""Reading, mapping and refusing checkpoints."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import involution.models  # noqa: F401  # registers the RedNets with timm
+from involution.models.rednet import RedNet, checkpoint_filter_fn
+from involution.weights import load_official, mismatch, read, to_official
+
+GOLDEN = Path(__file__).parent / "golden"
+CLS, DET = GOLDEN / "rednet26_slim_cls.pth", GOLDEN / "rednet26_slim_det.pth"
+
+
+def slim_rednet(**kwargs: int) -> RedNet:
+    return timm.create_model("rednet26", base_width=16, stem_width=32, **kwargs)
+
+
+@pytest.fixture
+def model() -> RedNet:
+    return slim_rednet(num_classes=10)
+
+
+def test_there_and_back_is_the_identity(model: RedNet) -> None:
+    official = read(CLS)
+    renamed = checkpoint_filter_fn(official)
+    assert list(renamed) == list(model.state_dict())
+    back = to_official(renamed)
+    assert list(back) == list(official)
+    assert all(back[key] is official[key] for key in official)
+
+
+def test_the_prefix_of_the_backbone_may_be_absent() -> None:
+    official = read(DET)
+    renamed = checkpoint_filter_fn(official)
+    assert list(renamed) == list(slim_rednet(num_classes=0).state_dict())
+    assert list(to_official(renamed)) == [f"backbone.{key}" for key in official]
+
+
+def test_our_own_names_pass_the_filter(model: RedNet) -> None:
+    state = model.state_dict()
+    assert list(checkpoint_filter_fn(state)) == list(state)
+
+
+def test_every_entry_is_loaded(model: RedNet) -> None:
+    load_official(CLS, model)
+    given = checkpoint_filter_fn(read(CLS))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, given[key].to(value.dtype), rtol=0, atol=0)
+
+
+def test_a_model_without_classifier_takes_the_backbone() -> None:
+    model = slim_rednet(num_classes=0)
+    load_official(CLS, model)
+    torch.testing.assert_close(model.stem.bn3.running_var, read(CLS)["backbone.stem.4.bn.running_var"])
+
+
+def test_timm_loads_official_files_as_pretrained_weights() -> None:
+    model = slim_rednet(num_classes=10, pretrained=True, pretrained_cfg_overlay={"file": str(CLS), "num_classes": 10})
+    torch.testing.assert_close(model.fc.weight, read(CLS)["head.fc.weight"])
+
+
+def test_another_depth_is_refused_and_the_model_unchanged() -> None:
+    model = timm.create_model("rednet38", base_width=16, stem_width=32, num_classes=10)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError,
+        match=r"cls\.pth does not fit the model: 100 of 351 entries missing "
+        r"\(layer1\.1\.conv1\.weight, layer1\.1\.bn1\.weight, layer1\.1\.bn1\.bias, \.\.\.\)\.$",
+    ):
+        load_official(CLS, model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_entries_too_many_are_named() -> None:
+    model = RedNet((1, 1, 1, 1), base_width=16, stem_width=32, num_classes=10)
+    with pytest.raises(ValueError, match=r"model: 100 unknown \(layer2\.1\.conv1\.weight, .*, \.\.\.\)\.$"):
+        load_official(CLS, model)
+
+
+def test_another_stem_is_refused_with_its_repair() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"2 of another shape \(stem\.conv2\.generator\.span\.weight is \(9, 4, 1, 1\), not \(49, 4, 1, 1\), .*"
+        r"3x3 in the official classification code, 7x7 in the others: see `stem_kernel`\.$",
+    ):
+        load_official(CLS, slim_rednet(num_classes=10, stem_kernel=7))
+
+
+def test_a_missing_classifier_is_refused_with_its_repair() -> None:
+    with pytest.raises(ValueError, match=r"2 of 251 entries missing \(fc.weight, fc.bias\)\. .* `num_classes=0`"):
+        load_official(DET, slim_rednet(num_classes=10, stem_kernel=7))
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_files_that_would_execute_code_are_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=r"cannot be read safely: it is no torch checkpoint, or holds more than"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", CLS.read_bytes()[:10_000]], ids=["empty", "text", "cut"])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.pth cannot be read safely"):
+        read(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, {"state_dict": 4}])
+def test_files_without_state_dict_are_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="holds no state dict, neither bare nor under the key 'state_dict'"):
+        read(tmp_path / "file.pth")
+
+
+def test_mismatch_is_silent_when_all_fits(model: RedNet) -> None:
+    assert mismatch(model.state_dict(), model.state_dict()) == ""
+
+
+def test_mismatch_shows_all_names_up_to_three() -> None:
+    one = torch.ones(1)
+    assert mismatch(dict.fromkeys("abc", one), {}) == "3 of 3 entries missing (a, b, c)"
+    assert mismatch({}, dict.fromkeys("abcd", one)) == "4 unknown (a, b, c, ...)"
