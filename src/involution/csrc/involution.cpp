@@ -144,6 +144,25 @@ struct Range {
 
 // ---------------------------------------------------------------------------------------------- packing
 
+// The columns of one row: LANES channels at `data[chunk * chunk_step + column * step]`, in the tensor or in scratch.
+template <class Real>
+struct Columns {
+  Real* data;
+  Index step, chunk_step;
+};
+
+template <int LANES, class To, class From>
+inline void copy_lanes(To* to, const From* from) {
+  if constexpr (std::is_same_v<To, From>) {
+    using V = typename Vector<To, LANES>::type;
+    store<V>(to, load<V>(from));
+  } else if constexpr (sizeof(To) > sizeof(From)) {
+    for (int lane = 0; lane < LANES; ++lane) to[lane] = widen(from[lane]);
+  } else {
+    for (int lane = 0; lane < LANES; ++lane) narrow(from[lane], to[lane]);
+  }
+}
+
 // Channels of one group at columns `wanted` of one row -> [chunk][column][LANES], zero outside the image and the group.
 template <class Real, int LANES, class Element>
 void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel_step, Index column_step, Range wanted,
@@ -151,15 +170,15 @@ void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel
   const Range inside = {least(most(wanted.from, 0), wanted.to), most(least(wanted.to, width), wanted.from)};
   for (Index first = 0; first < channels; first += LANES, to += chunk_step) {
     const Index lanes = least(LANES, channels - first);
-    if (inside.from > wanted.from || inside.to < wanted.to || lanes < LANES) {
-      std::memset(to, 0, sizeof(Real) * LANES * wanted.size());
-    }
     const Element* source = from + first * channel_step;
     Real* target = to - wanted.from * LANES;
     if (lanes == LANES && channel_step == 1) {
+      std::memset(to, 0, sizeof(Real) * LANES * (inside.from - wanted.from));
       for (Index column = inside.from; column < inside.to; ++column)
-        for (int lane = 0; lane < LANES; ++lane) target[column * LANES + lane] = widen(source[column * column_step + lane]);
+        copy_lanes<LANES>(target + column * LANES, source + column * column_step);
+      std::memset(target + inside.to * LANES, 0, sizeof(Real) * LANES * (wanted.to - inside.to));
     } else {
+      std::memset(to, 0, sizeof(Real) * LANES * wanted.size());
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = inside.from; column < inside.to; ++column)
           target[column * LANES + lane] = widen(source[column * column_step + lane * channel_step]);
@@ -176,7 +195,7 @@ void unpack_columns(Element* to, Index channel_step, Index column_step, const Re
     Element* target = to + first * channel_step;
     if (lanes == LANES && channel_step == 1) {
       for (Index column = 0; column < columns; ++column)
-        for (int lane = 0; lane < LANES; ++lane) narrow(from[column * LANES + lane], target[column * column_step + lane]);
+        copy_lanes<LANES>(target + column * column_step, from + column * LANES);
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = 0; column < columns; ++column)
@@ -226,9 +245,28 @@ Taps<Real> taps_of_row(const Problem& p, const Element* row, Range depths, Range
 
 // ---------------------------------------------------------------------------------------------- tiles of columns
 
-struct Line {  // one (depth, row) of the window that lies inside the image
-  Index x;     // offset of its packed row
-  Index taps;  // offset of its taps
+// The lines of the window (its depths and rows) that lie inside the image, as steps in the packed rows and in the taps.
+struct Lines {
+  Index depths, rows;
+  Index x_depth, x_row, taps_depth, taps_row;
+};
+
+template <class Body>
+inline void for_each_line(const Lines& lines, const Body& body) {
+  for (Index depth = 0; depth < lines.depths; ++depth)
+    for (Index row = 0; row < lines.rows; ++row)
+      body(depth * lines.x_depth + row * lines.x_row, depth * lines.taps_depth + row * lines.taps_row);
+}
+
+// The taps of one line for a tile: a pointer for each column (taps inner) or for each tap, so that all offsets are constants.
+template <class Real, int K, bool TAPS_INNER, int COLUMNS>
+struct TileTaps {
+  const Real* at[TAPS_INNER ? COLUMNS : K];
+  TileTaps(const Real* first, const Taps<Real>& taps) {
+#pragma GCC unroll 16
+    for (int i = 0; i < (TAPS_INNER ? COLUMNS : K); ++i) at[i] = first + i * (TAPS_INNER ? taps.column_step : taps.tap_step);
+  }
+  Real operator()(int column, int t) const { return TAPS_INNER ? at[column][t] : at[t][column]; }
 };
 
 struct Steps {  // of one row of the window, in columns
@@ -237,54 +275,56 @@ struct Steps {  // of one row of the window, in columns
 
 // COLUMNS outputs of a row: sums over all lines of the window stay in registers. K, S = 0: known at run time only.
 template <class Real, int LANES, int K, int S, bool TAPS_INNER, int COLUMNS>
-inline void gather_tile(Real* y, const Real* x, const Line* lines, Index count, Taps<Real> taps, Steps steps) {
+inline void gather_tile(Real* y, Index y_step, const Real* x, const Lines& lines, const Real* data, const Taps<Real>& taps,
+                        const Steps& steps) {
   using V = typename Vector<Real, LANES>::type;
-  const Index column_step = TAPS_INNER ? taps.column_step : 1, tap_step = TAPS_INNER ? 1 : taps.tap_step;
   V sums[COLUMNS] = {};
-  for (Index line = 0; line < count; ++line) {
-    const Real* row = x + lines[line].x;
-    const Real* tap = taps.data + lines[line].taps;
+  for_each_line(lines, [&](Index x_offset, Index taps_offset) {
+    const Real* row = x + x_offset;
+    const Real* first = data + taps_offset;
     if constexpr (K > 0) {
+      const TileTaps<Real, K, TAPS_INNER, COLUMNS> tap(first, taps);
 #pragma GCC unroll 32
       for (int at = 0; at < (COLUMNS - 1) * S + K; ++at) {
         const V value = load<V>(row + at * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = at - column * S;
-          if (t >= 0 && t < K) sums[column] += tap[column * column_step + t * tap_step] * value;
+          if (t >= 0 && t < K) sums[column] += tap(column, t) * value;
         }
       }
     } else {
       for (Index t = 0; t < steps.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column)
-          sums[column] += tap[column * column_step + t * tap_step] *
+          sums[column] += first[column * taps.column_step + t * taps.tap_step] *
                           load<V>(row + (column * steps.stride + t * steps.dilation) * LANES);
     }
-  }
+  });
 #pragma GCC unroll 8
-  for (int column = 0; column < COLUMNS; ++column) store<V>(y + column * LANES, sums[column]);
+  for (int column = 0; column < COLUMNS; ++column) store<V>(y + column * y_step, sums[column]);
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
 template <class Real, int LANES, int K, int S, bool TAPS_INNER, int COLUMNS>
-inline void scatter_tile(const Real* y, Real* x, const Line* lines, Index count, Taps<Real> taps, Steps steps) {
+inline void scatter_tile(const Real* y, Index y_step, Real* x, const Lines& lines, const Real* data, const Taps<Real>& taps,
+                        const Steps& steps) {
   using V = typename Vector<Real, LANES>::type;
-  const Index column_step = TAPS_INNER ? taps.column_step : 1, tap_step = TAPS_INNER ? 1 : taps.tap_step;
   V grads[COLUMNS];
 #pragma GCC unroll 8
-  for (int column = 0; column < COLUMNS; ++column) grads[column] = load<V>(y + column * LANES);
-  for (Index line = 0; line < count; ++line) {
-    Real* row = x + lines[line].x;
-    const Real* tap = taps.data + lines[line].taps;
+  for (int column = 0; column < COLUMNS; ++column) grads[column] = load<V>(y + column * y_step);
+  for_each_line(lines, [&](Index x_offset, Index taps_offset) {
+    Real* row = x + x_offset;
+    const Real* first = data + taps_offset;
     if constexpr (K > 0) {
+      const TileTaps<Real, K, TAPS_INNER, COLUMNS> tap(first, taps);
 #pragma GCC unroll 32
       for (int at = 0; at < (COLUMNS - 1) * S + K; ++at) {
         V sum = load<V>(row + at * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = at - column * S;
-          if (t >= 0 && t < K) sum += tap[column * column_step + t * tap_step] * grads[column];
+          if (t >= 0 && t < K) sum += tap(column, t) * grads[column];
         }
         store<V>(row + at * LANES, sum);
       }
@@ -293,32 +333,31 @@ inline void scatter_tile(const Real* y, Real* x, const Line* lines, Index count,
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           Real* at = row + (column * steps.stride + t * steps.dilation) * LANES;
-          store<V>(at, load<V>(at) + tap[column * column_step + t * tap_step] * grads[column]);
+          store<V>(at, load<V>(at) + first[column * taps.column_step + t * taps.tap_step] * grads[column]);
         }
     }
-  }
+  });
 }
 
 template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNER, int COLUMNS>
-inline void tile(Real* y, Real* x, const Line* lines, Index count, Taps<Real> taps, Steps steps) {
+inline void tile(Real* y, Index y_step, Real* x, const Lines& lines, const Real* data, const Taps<Real>& taps,
+                 const Steps& steps) {
   if constexpr (FORWARD) {
-    gather_tile<Real, LANES, K, S, TAPS_INNER, COLUMNS>(y, x, lines, count, taps, steps);
+    gather_tile<Real, LANES, K, S, TAPS_INNER, COLUMNS>(y, y_step, x, lines, data, taps, steps);
   } else {
-    scatter_tile<Real, LANES, K, S, TAPS_INNER, COLUMNS>(y, x, lines, count, taps, steps);
+    scatter_tile<Real, LANES, K, S, TAPS_INNER, COLUMNS>(y, y_step, x, lines, data, taps, steps);
   }
 }
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
 template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNER>
-void row_of_tiles(Real* y, Real* x, Index columns, const Line* lines, Index count, Taps<Real> taps, Steps steps) {
+void row_of_tiles(Real* y, Index y_step, Real* x, Index columns, const Lines& lines, const Taps<Real>& taps, const Steps& steps) {
   Index column = 0;
   const auto run = [&](auto width) {
     constexpr int COLUMNS = width;
     for (; column + COLUMNS <= columns; column += COLUMNS) {
-      Taps<Real> here = taps;
-      here.data += column * taps.column_step;
-      tile<FORWARD, Real, LANES, K, S, TAPS_INNER, COLUMNS>(y + column * LANES, x + column * steps.stride * LANES, lines,
-                                                            count, here, steps);
+      tile<FORWARD, Real, LANES, K, S, TAPS_INNER, COLUMNS>(y + column * y_step, y_step, x + column * steps.stride * LANES,
+                                                            lines, taps.data + column * taps.column_step, taps, steps);
     }
   };
   run(std::integral_constant<int, 7>{});
@@ -327,11 +366,11 @@ void row_of_tiles(Real* y, Real* x, Index columns, const Line* lines, Index coun
 }
 
 template <class Real>
-using Row = void (*)(Real*, Real*, Index, const Line*, Index, Taps<Real>, Steps);
+using Row = void (*)(Real*, Index, Real*, Index, const Lines&, const Taps<Real>&, const Steps&);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
 template <bool FORWARD, class Real, int LANES>
-Row<Real> choose_row(Steps steps, bool taps_inner) {
+Row<Real> choose_row(const Steps& steps, bool taps_inner) {
 #define VARIANT(K, S) (taps_inner ? row_of_tiles<FORWARD, Real, LANES, K, S, true> : row_of_tiles<FORWARD, Real, LANES, K, S, false>)
   if constexpr (sizeof(Real) == 4) {
     if (steps.dilation == 1 && steps.stride == 1) {
@@ -450,17 +489,29 @@ struct ByChannel {
 
   struct Scratch {
     Real *x, *y, *taps;
-    Line* lines;
   };
   Scratch scratch(Arena& arena) const {
     const Index depths = FORWARD ? p.kernel[0] : 1, taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
     const bool copied = sizeof(Element) != sizeof(Real) || (p.kernel_stride[4] != 1 && p.kernel_stride[7] != 1);
     return {arena.take<Real>(chunks * depths * x_rows * x_columns * LANES), arena.take<Real>(chunks * y_columns * LANES),
-            arena.take<Real>(copied ? y_columns * taps : 0), arena.take<Line>(p.kernel[0] * p.kernel[1])};
+            arena.take<Real>(copied ? y_columns * taps : 0)};
   }
-  void run_row(const Scratch& s, Index x_offset, Index x_chunk, Index columns, Index count, const Taps<Real>& taps) const {
+  void run_row(const Columns<Real>& y, Real* x, Index x_chunk, Index columns, const Lines& lines, const Taps<Real>& taps) const {
     for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(s.y + chunk * y_columns * LANES, s.x + x_offset + chunk * x_chunk, columns, s.lines, count, taps, steps);
+      row(y.data + chunk * y.chunk_step, y.step, x + chunk * x_chunk, columns, lines, taps, steps);
+  }
+  // Taps along `axis` that lie in [0, limit) when the first lies at `position`.
+  Range taps_inside(int axis, Index position, Index limit) const {
+    const Index step = p.dilation[axis], from = most(0, ceil_div(-position, step));
+    return {from, most(from, least(p.kernel[axis], floor_div(limit - 1 - position, step) + 1))};
+  }
+  // Where the loops find a row of y: in place if its type and strides allow, else in scratch.
+  bool y_in_place() const {
+    return sizeof(Element) == sizeof(Real) && p.y_stride[1] == 1 && p.channels % LANES == 0;
+  }
+  Columns<Real> y_columns_at(Element* first, Real* scratch) const {
+    if (y_in_place()) return {reinterpret_cast<Real*>(first), p.y_stride[4], LANES};
+    return {scratch, LANES, y_columns * LANES};
   }
   const Element* kernel_row(Index batch, Index group, Index depth, Index line) const {
     const Index* step = p.kernel_stride;
@@ -487,33 +538,28 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
     const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
     const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     const Index first_column = task.columns.from * p.stride[2] - p.padding[2];
+    const Range depths = this->taps_inside(0, first_depth, p.input[0]);
     for (Index group = task.groups.from; group < task.groups.to; ++group) {
       const Index channel = group * p.channels;
-      for (Index k = 0; k < p.kernel[0]; ++k) {
+      for (Index k = depths.from; k < depths.to; ++k) {
         const Index depth = first_depth + k * p.dilation[0];
-        if (depth < 0 || depth >= p.input[0]) continue;
         for (Index line = most(0, -first_row); line < least(rows, p.input[1] - first_row); ++line)
           pack_columns<Real, LANES>(s.x + k * x_depth + line * x_row, x_chunk,
                                     Base::row_of(p.x, p.x_stride, task.batch, channel, depth, first_row + line), p.x_stride[1],
                                     p.x_stride[4], {first_column, first_column + x_columns}, p.input[2], p.channels);
       }
       for (Index out = task.rows.from; out < task.rows.to; ++out) {
-        const Taps<Real> taps =
-            taps_of_row<Real>(p, this->kernel_row(task.batch, group, task.depth, out), {0, p.kernel[0]}, task.columns, s.taps);
-        Index count = 0;
-        for (Index kd = 0; kd < p.kernel[0]; ++kd) {
-          const Index depth = first_depth + kd * p.dilation[0];
-          if (depth < 0 || depth >= p.input[0]) continue;
-          for (Index kr = 0; kr < p.kernel[1]; ++kr) {
-            const Index line = (out - task.rows.from) * p.stride[1] + kr * p.dilation[1];
-            if (first_row + line < 0 || first_row + line >= p.input[1]) continue;
-            s.lines[count++] = {kd * x_depth + line * x_row, kd * taps.depth_step + kr * taps.row_step};
-          }
-        }
-        this->run_row(s, 0, x_chunk, task.columns.size(), count, taps);
-        unpack_columns<Real, LANES>(Base::row_of(p.y, p.y_stride, task.batch, channel, task.depth, out) +
-                                        task.columns.from * p.y_stride[4],
-                                    p.y_stride[1], p.y_stride[4], s.y, y_columns * LANES, task.columns.size(), p.channels);
+        const Index position = out * p.stride[1] - p.padding[1], line = (out - task.rows.from) * p.stride[1];
+        const Range kernel_rows = this->taps_inside(1, position, p.input[1]);
+        Taps<Real> taps = taps_of_row<Real>(p, this->kernel_row(task.batch, group, task.depth, out), depths, task.columns, s.taps);
+        taps.data += depths.from * taps.depth_step + kernel_rows.from * taps.row_step;
+        const Lines lines = {depths.size(), kernel_rows.size(), x_depth, p.dilation[1] * x_row, taps.depth_step, taps.row_step};
+        Real* x = s.x + depths.from * x_depth + (line + kernel_rows.from * p.dilation[1]) * x_row;
+        Element* first = Base::row_of(p.y, p.y_stride, task.batch, channel, task.depth, out) + task.columns.from * p.y_stride[4];
+        const Columns<Real> y = this->y_columns_at(first, s.y);
+        this->run_row(y, x, x_chunk, task.columns.size(), lines, taps);
+        if (!this->y_in_place())
+          unpack_columns<Real, LANES>(first, p.y_stride[1], p.y_stride[4], s.y, y.chunk_step, task.columns.size(), p.channels);
       }
     }
   }
@@ -551,17 +597,18 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
         if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || columns.size() == 0) continue;
         for (Index out = outs.from; out < outs.to; ++out) {
           const Element* kernel = this->kernel_row(task.batch, group, depth, out);
-          const Taps<Real> taps = taps_of_row<Real>(p, kernel, {kd, kd + 1}, columns, s.taps);
-          Index count = 0;
-          for (Index kr = 0; kr < p.kernel[1]; ++kr) {
-            const Index line = out * p.stride[1] - p.padding[1] + kr * p.dilation[1] - task.rows.from;
-            if (line >= 0 && line < task.rows.size())
-              s.lines[count++] = {line * x_row, kd * taps.depth_step + kr * taps.row_step};
-          }
-          if (count == 0) continue;
-          pack_columns<Real, LANES>(s.y, y_columns * LANES, Base::row_of(p.y, p.y_stride, task.batch, channel, depth, out),
-                                    p.y_stride[1], p.y_stride[4], columns, p.output[2], p.channels);
-          this->run_row(s, x_offset, x_chunk, columns.size(), count, taps);
+          const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
+          const Range kernel_rows = this->taps_inside(1, position, task.rows.size());
+          if (kernel_rows.size() == 0) continue;
+          Taps<Real> taps = taps_of_row<Real>(p, kernel, {kd, kd + 1}, columns, s.taps);
+          taps.data += kd * taps.depth_step + kernel_rows.from * taps.row_step;
+          const Lines lines = {1, kernel_rows.size(), 0, p.dilation[1] * x_row, 0, taps.row_step};
+          Real* x = s.x + x_offset + (position + kernel_rows.from * p.dilation[1]) * x_row;
+          Element* grads = Base::row_of(p.y, p.y_stride, task.batch, channel, depth, out);
+          const Columns<Real> y = this->y_columns_at(grads + columns.from * p.y_stride[4], s.y);
+          if (!this->y_in_place())
+            pack_columns<Real, LANES>(s.y, y.chunk_step, grads, p.y_stride[1], p.y_stride[4], columns, p.output[2], p.channels);
+          this->run_row(y, x, x_chunk, columns.size(), lines, taps);
         }
       }
       for (Index line = 0; line < task.rows.size(); ++line)
