@@ -43,7 +43,7 @@ def test_default_padding_divides_the_size_by_the_stride(size: tuple[int, ...], s
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("padding", [0, 1, 2, 5])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kernel_size", [2, 3, 5])
 def test_the_generators_grid_is_the_operators(
     rank: int, kernel_size: int, stride: int, padding: int, dilation: int
 ) -> None:
