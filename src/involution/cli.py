@@ -1,0 +1,119 @@
+"""The console command `involution`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from involution.tasks.names import unknown
+
+_DEFAULT_RECIPE = "digits"
+_COMMANDS = {
+    "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
+    "fit": "train a network by a recipe",
+    "validate": "measure a checkpoint on the validation data",
+    "test": "measure a checkpoint on the test data",
+    "predict": "print the class of every test image, a line each",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        args: the words after `involution`. Default: those of this process.
+
+    Returns:
+        The exit code: 0, or 2 after a mistake of the user, which is told in one line on stderr.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    try:
+        _run(args[0], args[1:])
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev -m involution.cli ... shows where it came from
+            raise
+        print(f"involution: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, args: list[str]) -> None:
+    if command not in _COMMANDS:
+        raise ValueError(unknown("command", command, _COMMANDS))
+    args, name = _with_recipe(args)
+    from involution.tasks import commands
+
+    if command == "compare":
+        commands.compare(args, name)
+    else:
+        commands.run(command, args, name)
+
+
+def _with_recipe(args: list[str]) -> tuple[list[str], str]:
+    """`args` with recipes as paths, the default one if there is none, and the name of the last."""
+    if "-h" in args or "--help" in args:
+        return args, _DEFAULT_RECIPE
+    args = [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    places = [i + 1 for i, word in enumerate(args[:-1]) if word in ("-c", "--config")]
+    if not places:
+        args, places = ["--config", _default(args), *args], [1]
+    for place in places:
+        args[place] = str(_recipe(args[place]))
+    return args, Path(args[places[-1]]).stem
+
+
+def _default(args: list[str]) -> str:
+    """The configuration of the run that a given checkpoint came from, else the default recipe."""
+    for i, word in enumerate(args):
+        if word == "--ckpt_path" or word.startswith("--ckpt_path="):
+            path = word.partition("=")[2] or "".join(args[i + 1 : i + 2])
+            config = Path(path).parent.parent / "config.yaml"
+            if config.is_file():
+                return str(config)
+    return _DEFAULT_RECIPE
+
+
+def _recipe(name: str) -> Path:
+    """The file of a recipe, given by the name of a packaged one or by path."""
+    packaged = {path.stem: path for path in _recipes()}
+    if name.removesuffix(".yaml") in packaged:
+        return packaged[name.removesuffix(".yaml")]
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(unknown("recipe", name, packaged) + " A recipe of your own is given by the path of its file.")
+
+
+def _recipes() -> list[Path]:
+    return sorted(Path(str(files("involution") / "recipes")).glob("*.yaml"))
+
+
+def _help() -> str:
+    width = max(map(len, _COMMANDS))
+    return "\n".join(
+        [
+            "usage: involution COMMAND [--config RECIPE] [--SETTING VALUE ...]",
+            "",
+            "Involution networks: training, testing and comparing them.",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {text}" for name, text in _COMMANDS.items()),
+            "",
+            f"recipes: {', '.join(path.stem for path in _recipes())} (default {_DEFAULT_RECIPE}), or a file's path",
+            "",
+            "examples:",
+            "  involution compare",
+            "  involution fit --config digits --trainer.max_epochs 20 --model.lr 0.001",
+            "  involution test --ckpt_path runs/digits/checkpoints/best.ckpt",
+            "",
+            "`involution COMMAND --help` lists every setting; `compare` takes those of `fit`.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""How a run shows that it is alive."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from involution.ops.library import implementations
+
+_LINES = 10
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's progress bar on a terminal; elsewhere, where a bar would fill a log, about ten lines a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not sys.stdout.isatty():
+            self.disable()
+
+    def enable(self) -> None:
+        """Lightning enables the bar on the first process of many; keep to terminals."""
+        if sys.stdout.isatty():
+            super().enable()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is trained, and where."""
+        device = trainer.strategy.root_device.type
+        code = implementations().get(device, implementations()["any other"])
+        if trainer.is_global_zero:
+            print(
+                f"Training {pl_module.name} for {trainer.max_epochs} epochs on {device} (involution: {code})",
+                flush=True,
+            )
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a line, if there is no bar."""
+        super().on_train_epoch_end(trainer, pl_module)
+        epoch, epochs = trainer.current_epoch + 1, max(trainer.max_epochs or 0, 1)
+        if (
+            trainer.is_global_zero
+            and self.is_disabled
+            and (epoch * _LINES // epochs > (epoch - 1) * _LINES // epochs or trainer.should_stop)
+        ):
+            shown = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+            metrics = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            print(f"  epoch {epoch} of {epochs}: {metrics}", flush=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the bar shows: without the version number of a logger that has none."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
