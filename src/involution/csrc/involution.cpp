@@ -144,13 +144,6 @@ struct Range {
 
 // ---------------------------------------------------------------------------------------------- packing
 
-// The columns of one row: LANES channels at `data[chunk * chunk_step + column * step]`, in the tensor or in scratch.
-template <class Real>
-struct Columns {
-  Real* data;
-  Index step, chunk_step;
-};
-
 template <int LANES, class To, class From>
 inline void copy_lanes(To* to, const From* from) {
   if constexpr (std::is_same_v<To, From>) {
@@ -204,161 +197,133 @@ void unpack_columns(Element* to, Index channel_step, Index column_step, const Re
   }
 }
 
-// Where the loops read the taps of one output row: at `data[row_tap_offset + tap * tap_step + column * column_step]`.
-template <class Real>
-struct Taps {
-  const Real* data;
-  Index depth_step, row_step, tap_step, column_step;
+// Where the loops find things, the same for all rows of all tasks. Steps are in elements.
+struct Layout {
+  Index taps, stride, dilation;                     // of one line of the window, in columns
+  Index x_depth, x_row;                             // from line to line of the window in the packed rows
+  Index y_column;                                   // from output to output
+  Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
 };
 
-// The kernel of one group and output row, columns `wanted`: in place if its type and strides allow, else a dense copy of
-// the taps at `depths`.
+// Whether the taps are read where they lie, and if not, which way they are copied.
 template <class Real, class Element>
-Taps<Real> taps_of_row(const Problem& p, const Element* row, Range depths, Range wanted, Real* scratch) {
-  const Index *step = p.kernel_stride + 2, column_step = step[5];
-  const Element* first = row + wanted.from * column_step;
-  const bool taps_inner = step[2] == 1 || p.kernel[2] == 1;
-  if constexpr (sizeof(Element) == sizeof(Real)) {
-    if (taps_inner || column_step == 1) {
-      return {reinterpret_cast<const Real*>(first), step[0], step[1], taps_inner ? 1 : step[2], column_step};
-    }
+bool taps_in_place(const Problem& p) {
+  return std::is_same_v<Real, Element> && (p.kernel_stride[4] == 1 || p.kernel[2] == 1 || p.kernel_stride[7] == 1);
+}
+inline bool taps_innermost(const Problem& p) { return p.kernel_stride[4] == 1 || p.kernel[2] == 1; }
+
+// The kernel of one group and output row, outputs `wanted`: a dense copy of the taps at `depths`.
+template <class Real, class Element>
+void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, Range depths, Range wanted) {
+  const Index *step = p.kernel_stride + 2, outputs = wanted.size();
+  const bool dense = step[1] == p.kernel[2] && step[0] == p.kernel[1] * p.kernel[2];
+  from += wanted.from * step[5];
+  if (taps_innermost(p) && dense) {
+    const Index first = depths.from * step[0], count = depths.size() * step[0];
+    for (Index output = 0; output < outputs; ++output)
+      for (Index tap = first; tap < first + count; ++tap) to[output * at.tap_output + tap] = widen(from[output * step[5] + tap]);
+    return;
   }
-  const Index columns = wanted.size(), taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-  const Index tap_step = taps_inner ? 1 : columns, copied_step = taps_inner ? taps : 1;
-  for (Index depth = depths.from; depth < depths.to; ++depth) {
-    for (Index line = 0; line < p.kernel[1]; ++line) {
-      const Element* source = first + depth * step[0] + line * step[1];
-      Real* target = scratch + (depth * p.kernel[1] + line) * p.kernel[2] * tap_step;
-      if (taps_inner) {
-        for (Index column = 0; column < columns; ++column)
-          for (Index tap = 0; tap < p.kernel[2]; ++tap)
-            target[column * taps + tap] = widen(source[column * column_step + tap]);
-      } else {
-        for (Index tap = 0; tap < p.kernel[2]; ++tap)
-          for (Index column = 0; column < columns; ++column)
-            target[tap * columns + column] = widen(source[column * column_step + tap * step[2]]);
+  for (Index depth = depths.from; depth < depths.to; ++depth)
+    for (Index row = 0; row < p.kernel[1]; ++row)
+      for (Index tap = 0; tap < p.kernel[2]; ++tap) {
+        const Element* source = from + depth * step[0] + row * step[1] + tap * step[2];
+        Real* target = to + depth * at.tap_depth + row * at.tap_row + tap * at.tap_column;
+        for (Index output = 0; output < outputs; ++output) target[output * at.tap_output] = widen(source[output * step[5]]);
       }
-    }
-  }
-  return {scratch, p.kernel[1] * p.kernel[2] * tap_step, p.kernel[2] * tap_step, tap_step, copied_step};
 }
 
 // ---------------------------------------------------------------------------------------------- tiles of columns
 
-// The lines of the window (its depths and rows) that lie inside the image, as steps in the packed rows and in the taps.
-struct Lines {
-  Index depths, rows;
-  Index x_depth, x_row, taps_depth, taps_row;
-};
-
-template <class Body>
-inline void for_each_line(const Lines& lines, const Body& body) {
-  for (Index depth = 0; depth < lines.depths; ++depth)
-    for (Index row = 0; row < lines.rows; ++row)
-      body(depth * lines.x_depth + row * lines.x_row, depth * lines.taps_depth + row * lines.taps_row);
+// Calls body(x, taps) for every line of the window that lies inside the image: `depths` x `rows` of them.
+template <class Real, class Body>
+inline void for_each_line(Real* x, const Real* taps, Index depths, Index rows, const Layout& at, const Body& body) {
+  for (Index depth = 0; depth < depths; ++depth)
+    for (Index row = 0; row < rows; ++row)
+      body(x + depth * at.x_depth + row * at.x_row, taps + depth * at.tap_depth + row * at.tap_row);
 }
 
-// The taps of one line for a tile: a pointer for each column (taps inner) or for each tap, so that all offsets are constants.
-template <class Real, int K, bool TAPS_INNER, int COLUMNS>
+// The taps of one line for a tile: a pointer for each output (taps innermost) or each tap, so that all offsets are constants.
+template <class Real, int K, bool TAPS_INNERMOST, int COLUMNS>
 struct TileTaps {
-  const Real* at[TAPS_INNER ? COLUMNS : K];
-  TileTaps(const Real* first, const Taps<Real>& taps) {
+  const Real* at[TAPS_INNERMOST ? COLUMNS : K];
+  TileTaps(const Real* first, const Layout& layout) {
 #pragma GCC unroll 16
-    for (int i = 0; i < (TAPS_INNER ? COLUMNS : K); ++i) at[i] = first + i * (TAPS_INNER ? taps.column_step : taps.tap_step);
+    for (int i = 0; i < (TAPS_INNERMOST ? COLUMNS : K); ++i)
+      at[i] = first + i * (TAPS_INNERMOST ? layout.tap_output : layout.tap_column);
   }
-  Real operator()(int column, int t) const { return TAPS_INNER ? at[column][t] : at[t][column]; }
+  Real operator()(int column, int tap) const { return TAPS_INNERMOST ? at[column][tap] : at[tap][column]; }
 };
 
-struct Steps {  // of one row of the window, in columns
-  Index taps, stride, dilation;
-};
-
-// COLUMNS outputs of a row: sums over all lines of the window stay in registers. K, S = 0: known at run time only.
-template <class Real, int LANES, int K, int S, bool TAPS_INNER, int COLUMNS>
-inline void gather_tile(Real* y, Index y_step, const Real* x, const Lines& lines, const Real* data, const Taps<Real>& taps,
-                        const Steps& steps) {
+// COLUMNS outputs of a row: the sums over all lines of the window stay in registers. K, S = 0: known at run time only.
+template <class Real, int LANES, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS] = {};
-  for_each_line(lines, [&](Index x_offset, Index taps_offset) {
-    const Real* row = x + x_offset;
-    const Real* first = data + taps_offset;
+  for_each_line(x, taps, depths, rows, at, [&](const Real* line, const Real* first) {
     if constexpr (K > 0) {
-      const TileTaps<Real, K, TAPS_INNER, COLUMNS> tap(first, taps);
+      const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
 #pragma GCC unroll 32
-      for (int at = 0; at < (COLUMNS - 1) * S + K; ++at) {
-        const V value = load<V>(row + at * LANES);
+      for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
+        const V value = load<V>(line + position * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const int t = at - column * S;
+          const int t = position - column * S;
           if (t >= 0 && t < K) sums[column] += tap(column, t) * value;
         }
       }
     } else {
-      for (Index t = 0; t < steps.taps; ++t)
+      for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column)
-          sums[column] += first[column * taps.column_step + t * taps.tap_step] *
-                          load<V>(row + (column * steps.stride + t * steps.dilation) * LANES);
+          sums[column] += first[column * at.tap_output + t * at.tap_column] *
+                          load<V>(line + (column * at.stride + t * at.dilation) * LANES);
     }
   });
 #pragma GCC unroll 8
-  for (int column = 0; column < COLUMNS; ++column) store<V>(y + column * y_step, sums[column]);
+  for (int column = 0; column < COLUMNS; ++column) store<V>(y + column * at.y_column, sums[column]);
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <class Real, int LANES, int K, int S, bool TAPS_INNER, int COLUMNS>
-inline void scatter_tile(const Real* y, Index y_step, Real* x, const Lines& lines, const Real* data, const Taps<Real>& taps,
-                        const Steps& steps) {
+template <class Real, int LANES, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS];
 #pragma GCC unroll 8
-  for (int column = 0; column < COLUMNS; ++column) grads[column] = load<V>(y + column * y_step);
-  for_each_line(lines, [&](Index x_offset, Index taps_offset) {
-    Real* row = x + x_offset;
-    const Real* first = data + taps_offset;
+  for (int column = 0; column < COLUMNS; ++column) grads[column] = load<V>(y + column * at.y_column);
+  for_each_line(x, taps, depths, rows, at, [&](Real* line, const Real* first) {
     if constexpr (K > 0) {
-      const TileTaps<Real, K, TAPS_INNER, COLUMNS> tap(first, taps);
+      const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
 #pragma GCC unroll 32
-      for (int at = 0; at < (COLUMNS - 1) * S + K; ++at) {
-        V sum = load<V>(row + at * LANES);
+      for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
+        V sum = load<V>(line + position * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const int t = at - column * S;
+          const int t = position - column * S;
           if (t >= 0 && t < K) sum += tap(column, t) * grads[column];
         }
-        store<V>(row + at * LANES, sum);
+        store<V>(line + position * LANES, sum);
       }
     } else {
-      for (Index t = 0; t < steps.taps; ++t)
+      for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          Real* at = row + (column * steps.stride + t * steps.dilation) * LANES;
-          store<V>(at, load<V>(at) + first[column * taps.column_step + t * taps.tap_step] * grads[column]);
+          Real* position = line + (column * at.stride + t * at.dilation) * LANES;
+          store<V>(position, load<V>(position) + first[column * at.tap_output + t * at.tap_column] * grads[column]);
         }
     }
   });
 }
 
-template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNER, int COLUMNS>
-inline void tile(Real* y, Index y_step, Real* x, const Lines& lines, const Real* data, const Taps<Real>& taps,
-                 const Steps& steps) {
-  if constexpr (FORWARD) {
-    gather_tile<Real, LANES, K, S, TAPS_INNER, COLUMNS>(y, y_step, x, lines, data, taps, steps);
-  } else {
-    scatter_tile<Real, LANES, K, S, TAPS_INNER, COLUMNS>(y, y_step, x, lines, data, taps, steps);
-  }
-}
-
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
-template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNER>
-void row_of_tiles(Real* y, Index y_step, Real* x, Index columns, const Lines& lines, const Taps<Real>& taps, const Steps& steps) {
+template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNERMOST>
+void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depths, Index rows, const Layout& at) {
   Index column = 0;
   const auto run = [&](auto width) {
-    constexpr int COLUMNS = width;
-    for (; column + COLUMNS <= columns; column += COLUMNS) {
-      tile<FORWARD, Real, LANES, K, S, TAPS_INNER, COLUMNS>(y + column * y_step, y_step, x + column * steps.stride * LANES,
-                                                            lines, taps.data + column * taps.column_step, taps, steps);
-    }
+    constexpr auto tile = FORWARD ? gather_tile<Real, LANES, K, S, TAPS_INNERMOST, width>
+                                  : scatter_tile<Real, LANES, K, S, TAPS_INNERMOST, width>;
+    for (; column + width <= columns; column += width)
+      tile(y + column * at.y_column, x + column * at.stride * LANES, taps + column * at.tap_output, depths, rows, at);
   };
   run(std::integral_constant<int, 7>{});
   run(std::integral_constant<int, 3>{});
@@ -366,22 +331,22 @@ void row_of_tiles(Real* y, Index y_step, Real* x, Index columns, const Lines& li
 }
 
 template <class Real>
-using Row = void (*)(Real*, Index, Real*, Index, const Lines&, const Taps<Real>&, const Steps&);
+using Row = void (*)(Real*, Real*, const Real*, Index, Index, Index, const Layout&);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
 template <bool FORWARD, class Real, int LANES>
-Row<Real> choose_row(const Steps& steps, bool taps_inner) {
-#define VARIANT(K, S) (taps_inner ? row_of_tiles<FORWARD, Real, LANES, K, S, true> : row_of_tiles<FORWARD, Real, LANES, K, S, false>)
+Row<Real> choose_row(const Layout& at, bool innermost) {
+#define VARIANT(K, S) (innermost ? row_of_tiles<FORWARD, Real, LANES, K, S, true> : row_of_tiles<FORWARD, Real, LANES, K, S, false>)
   if constexpr (sizeof(Real) == 4) {
-    if (steps.dilation == 1 && steps.stride == 1) {
-      if (steps.taps == 3) return VARIANT(3, 1);
-      if (steps.taps == 5) return VARIANT(5, 1);
-      if (steps.taps == 7) return VARIANT(7, 1);
-      if (steps.taps == 9) return VARIANT(9, 1);
+    if (at.dilation == 1 && at.stride == 1) {
+      if (at.taps == 3) return VARIANT(3, 1);
+      if (at.taps == 5) return VARIANT(5, 1);
+      if (at.taps == 7) return VARIANT(7, 1);
+      if (at.taps == 9) return VARIANT(9, 1);
     }
-    if (steps.dilation == 1 && steps.stride == 2) {
-      if (steps.taps == 3) return VARIANT(3, 2);
-      if (steps.taps == 7) return VARIANT(7, 2);
+    if (at.dilation == 1 && at.stride == 2) {
+      if (at.taps == 3) return VARIANT(3, 2);
+      if (at.taps == 7) return VARIANT(7, 2);
     }
   }
   return VARIANT(0, 0);
@@ -470,62 +435,89 @@ int run_tasks(const Problem& p, const Index* size) {
 
 // ---------------------------------------------------------------------------------------------- the three ops
 
-// What forward and grad_x have in common: lanes are channels.
+// What forward and grad_x have in common: lanes are channels. `x_rows`, `x_columns` and `y_columns` are the most that the
+// packed rows of a task can have.
 template <bool FORWARD, class Real, int LANES, class Element>
 struct ByChannel {
   const Problem& p;
-  const Index chunks, x_rows, x_columns, y_columns;  // extents of the packed rows of a task
-  const Steps steps;
+  const Index chunks, x_depths, x_columns, y_columns, x_row, x_depth, x_chunk;
+  const bool y_in_place, copies_taps;
+  const Index y_chunk;
+  const Layout at;
   const Row<Real> row;
 
-  ByChannel(const Problem& problem, Index rows, Index columns, Index outputs)
+  ByChannel(const Problem& problem, Index x_rows, Index columns, Index outputs)
       : p(problem),
         chunks(ceil_div(p.channels, LANES)),
-        x_rows(rows),
+        x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
         y_columns(outputs),
-        steps{p.kernel[2], p.stride[2], p.dilation[2]},
-        row(choose_row<FORWARD, Real, LANES>(steps, p.kernel_stride[4] == 1 || p.kernel[2] == 1)) {}
+        x_row(x_columns * LANES),
+        x_depth(x_rows * x_row),
+        x_chunk(x_depths * x_depth),
+        y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % LANES == 0),
+        copies_taps(!taps_in_place<Real, Element>(p)),
+        y_chunk(y_in_place ? LANES : y_columns * LANES),
+        at(layout()),
+        row(choose_row<FORWARD, Real, LANES>(at, taps_innermost(p))) {}
+
+  Layout layout() const {
+    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : LANES,
+                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7]};
+    if (copies_taps) {
+      result.tap_column = taps_innermost(p) ? 1 : y_columns;
+      result.tap_row = p.kernel[2] * result.tap_column;
+      result.tap_depth = p.kernel[1] * result.tap_row;
+      result.tap_output = taps_innermost(p) ? p.kernel[0] * result.tap_depth : 1;
+    }
+    return result;
+  }
 
   struct Scratch {
     Real *x, *y, *taps;
   };
   Scratch scratch(Arena& arena) const {
-    const Index depths = FORWARD ? p.kernel[0] : 1, taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-    const bool copied = sizeof(Element) != sizeof(Real) || (p.kernel_stride[4] != 1 && p.kernel_stride[7] != 1);
-    return {arena.take<Real>(chunks * depths * x_rows * x_columns * LANES), arena.take<Real>(chunks * y_columns * LANES),
-            arena.take<Real>(copied ? y_columns * taps : 0)};
+    const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    return {arena.take<Real>(chunks * x_chunk), arena.take<Real>(y_in_place ? 0 : chunks * y_columns * LANES),
+            arena.take<Real>(copies_taps ? y_columns * taps : 0)};
   }
-  void run_row(const Columns<Real>& y, Real* x, Index x_chunk, Index columns, const Lines& lines, const Taps<Real>& taps) const {
-    for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(y.data + chunk * y.chunk_step, y.step, x + chunk * x_chunk, columns, lines, taps, steps);
-  }
+
   // Taps along `axis` that lie in [0, limit) when the first lies at `position`.
   Range taps_inside(int axis, Index position, Index limit) const {
     const Index step = p.dilation[axis], from = most(0, ceil_div(-position, step));
     return {from, most(from, least(p.kernel[axis], floor_div(limit - 1 - position, step) + 1))};
   }
-  // Where the loops find a row of y: in place if its type and strides allow, else in scratch.
-  bool y_in_place() const {
-    return sizeof(Element) == sizeof(Real) && p.y_stride[1] == 1 && p.channels % LANES == 0;
+  static Element* row_of(void* data, const Index* step, Index batch, Index channel, Index depth, Index row) {
+    return static_cast<Element*>(data) + batch * step[0] + channel * step[1] + depth * step[2] + row * step[3];
   }
-  Columns<Real> y_columns_at(Element* first, Real* scratch) const {
-    if (y_in_place()) return {reinterpret_cast<Real*>(first), p.y_stride[4], LANES};
-    return {scratch, LANES, y_columns * LANES};
-  }
-  const Element* kernel_row(Index batch, Index group, Index depth, Index line) const {
+
+  // Runs the loops on one row of outputs: `y` of `group`, lines (`depths` x `rows`) of the window, the first of them at `x`.
+  void run_row(Index batch, Index group, Index depth, Index out, Range outputs, Range depths, Range rows, Element* y, Real* x,
+               const Scratch& s) const {
     const Index* step = p.kernel_stride;
-    return static_cast<const Element*>(p.kernel_data) + batch * step[0] + group * step[1] + depth * step[5] + line * step[6];
-  }
-  static Element* row_of(void* data, const Index* step, Index batch, Index channel, Index depth, Index line) {
-    return static_cast<Element*>(data) + batch * step[0] + channel * step[1] + depth * step[2] + line * step[3];
+    const Element* kernel = static_cast<const Element*>(p.kernel_data) + batch * step[0] + group * step[1] + depth * step[5] + out * step[6];
+    const Real* taps = s.taps;
+    if constexpr (std::is_same_v<Real, Element>) taps = kernel + outputs.from * step[7];
+    if (copies_taps) {
+      copy_taps(s.taps, at, p, kernel, depths, outputs);
+      taps = s.taps;
+    }
+    taps += depths.from * at.tap_depth + rows.from * at.tap_row;
+    Real* values = s.y;
+    if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
+    if (!FORWARD && !y_in_place)
+      pack_columns<Real, LANES>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, outputs.size()}, outputs.size(), p.channels);
+    for (Index chunk = 0; chunk < chunks; ++chunk)
+      row(values + chunk * y_chunk, x + chunk * x_chunk, taps, outputs.size(), depths.size(), rows.size(), at);
+    if (FORWARD && !y_in_place)
+      unpack_columns<Real, LANES>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, outputs.size(), p.channels);
   }
 };
 
 template <class Real, int LANES, class Element>
 struct Forward : ByChannel<true, Real, LANES, Element> {
   using Base = ByChannel<true, Real, LANES, Element>;
-  using Base::p, Base::chunks, Base::x_rows, Base::x_columns, Base::y_columns;
+  using Base::p;
 
   Forward(const Problem& p, const Tasks& all)
       : Base(p, (ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1,
@@ -533,33 +525,24 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
              ceil_div(all.columns, all.column_blocks)) {}
 
   void run(const Task& task, const typename Base::Scratch& s) const {
-    const Index x_row = x_columns * LANES, x_depth = x_rows * x_row, x_chunk = p.kernel[0] * x_depth;
     const Index first_depth = task.depth * p.stride[0] - p.padding[0];
     const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
-    const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     const Index first_column = task.columns.from * p.stride[2] - p.padding[2];
+    const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     const Range depths = this->taps_inside(0, first_depth, p.input[0]);
     for (Index group = task.groups.from; group < task.groups.to; ++group) {
       const Index channel = group * p.channels;
-      for (Index k = depths.from; k < depths.to; ++k) {
-        const Index depth = first_depth + k * p.dilation[0];
-        for (Index line = most(0, -first_row); line < least(rows, p.input[1] - first_row); ++line)
-          pack_columns<Real, LANES>(s.x + k * x_depth + line * x_row, x_chunk,
-                                    Base::row_of(p.x, p.x_stride, task.batch, channel, depth, first_row + line), p.x_stride[1],
-                                    p.x_stride[4], {first_column, first_column + x_columns}, p.input[2], p.channels);
-      }
+      for (Index depth = depths.from; depth < depths.to; ++depth)
+        for (Index row = most(0, -first_row); row < least(rows, p.input[1] - first_row); ++row)
+          pack_columns<Real, LANES>(s.x + depth * this->x_depth + row * this->x_row, this->x_chunk,
+                                    Base::row_of(p.x, p.x_stride, task.batch, channel, first_depth + depth * p.dilation[0], first_row + row),
+                                    p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], p.channels);
       for (Index out = task.rows.from; out < task.rows.to; ++out) {
-        const Index position = out * p.stride[1] - p.padding[1], line = (out - task.rows.from) * p.stride[1];
-        const Range kernel_rows = this->taps_inside(1, position, p.input[1]);
-        Taps<Real> taps = taps_of_row<Real>(p, this->kernel_row(task.batch, group, task.depth, out), depths, task.columns, s.taps);
-        taps.data += depths.from * taps.depth_step + kernel_rows.from * taps.row_step;
-        const Lines lines = {depths.size(), kernel_rows.size(), x_depth, p.dilation[1] * x_row, taps.depth_step, taps.row_step};
-        Real* x = s.x + depths.from * x_depth + (line + kernel_rows.from * p.dilation[1]) * x_row;
-        Element* first = Base::row_of(p.y, p.y_stride, task.batch, channel, task.depth, out) + task.columns.from * p.y_stride[4];
-        const Columns<Real> y = this->y_columns_at(first, s.y);
-        this->run_row(y, x, x_chunk, task.columns.size(), lines, taps);
-        if (!this->y_in_place())
-          unpack_columns<Real, LANES>(first, p.y_stride[1], p.y_stride[4], s.y, y.chunk_step, task.columns.size(), p.channels);
+        const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
+        const Index row = (out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1];
+        this->run_row(task.batch, group, task.depth, out, task.columns, depths, lines,
+                      Base::row_of(p.y, p.y_stride, task.batch, channel, task.depth, out) + task.columns.from * p.y_stride[4],
+                      s.x + depths.from * this->x_depth + row * this->x_row, s);
       }
     }
   }
@@ -569,7 +552,7 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
 template <class Real, int LANES, class Element>
 struct GradX : ByChannel<false, Real, LANES, Element> {
   using Base = ByChannel<false, Real, LANES, Element>;
-  using Base::p, Base::chunks, Base::x_rows, Base::x_columns, Base::y_columns;
+  using Base::p;
 
   GradX(const Problem& p, const Tasks& all)
       : Base(p, ceil_div(all.rows, all.row_blocks), ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2],
@@ -584,37 +567,28 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
   }
 
   void run(const Task& task, const typename Base::Scratch& s) const {
-    const Index x_row = x_columns * LANES, x_chunk = x_rows * x_row;
-    const Range outs = readers(1, task.rows), columns = readers(2, task.columns);
-    const Index reach = (p.kernel[2] - 1) * p.dilation[2];
-    const Index first_column = task.columns.from - reach;  // position of the first packed column
-    const Index x_offset = (columns.from * p.stride[2] - p.padding[2] - first_column) * LANES;
+    const Range outs = readers(1, task.rows), outputs = readers(2, task.columns);
+    const Index reach = (p.kernel[2] - 1) * p.dilation[2];  // the packed rows begin this far before the block
+    const Index first_column = outputs.from * p.stride[2] - p.padding[2] - (task.columns.from - reach);
     for (Index group = task.groups.from; group < task.groups.to; ++group) {
       const Index channel = group * p.channels;
-      std::memset(s.x, 0, sizeof(Real) * chunks * x_chunk);
-      for (Index kd = 0; kd < p.kernel[0]; ++kd) {
-        const Index reads = task.depth + p.padding[0] - kd * p.dilation[0], depth = floor_div(reads, p.stride[0]);
-        if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || columns.size() == 0) continue;
+      std::memset(s.x, 0, sizeof(Real) * this->chunks * this->x_chunk);
+      for (Index tap = 0; tap < p.kernel[0]; ++tap) {
+        const Index reads = task.depth + p.padding[0] - tap * p.dilation[0], depth = floor_div(reads, p.stride[0]);
+        if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || outputs.size() == 0) continue;
         for (Index out = outs.from; out < outs.to; ++out) {
-          const Element* kernel = this->kernel_row(task.batch, group, depth, out);
           const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
-          const Range kernel_rows = this->taps_inside(1, position, task.rows.size());
-          if (kernel_rows.size() == 0) continue;
-          Taps<Real> taps = taps_of_row<Real>(p, kernel, {kd, kd + 1}, columns, s.taps);
-          taps.data += kd * taps.depth_step + kernel_rows.from * taps.row_step;
-          const Lines lines = {1, kernel_rows.size(), 0, p.dilation[1] * x_row, 0, taps.row_step};
-          Real* x = s.x + x_offset + (position + kernel_rows.from * p.dilation[1]) * x_row;
-          Element* grads = Base::row_of(p.y, p.y_stride, task.batch, channel, depth, out);
-          const Columns<Real> y = this->y_columns_at(grads + columns.from * p.y_stride[4], s.y);
-          if (!this->y_in_place())
-            pack_columns<Real, LANES>(s.y, y.chunk_step, grads, p.y_stride[1], p.y_stride[4], columns, p.output[2], p.channels);
-          this->run_row(y, x, x_chunk, columns.size(), lines, taps);
+          const Range lines = this->taps_inside(1, position, task.rows.size());
+          if (lines.size() == 0) continue;
+          this->run_row(task.batch, group, depth, out, outputs, {tap, tap + 1}, lines,
+                        Base::row_of(p.y, p.y_stride, task.batch, channel, depth, out) + outputs.from * p.y_stride[4],
+                        s.x + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES, s);
         }
       }
-      for (Index line = 0; line < task.rows.size(); ++line)
-        unpack_columns<Real, LANES>(Base::row_of(p.x, p.x_stride, task.batch, channel, task.depth, task.rows.from + line) +
+      for (Index row = 0; row < task.rows.size(); ++row)
+        unpack_columns<Real, LANES>(Base::row_of(p.x, p.x_stride, task.batch, channel, task.depth, task.rows.from + row) +
                                         task.columns.from * p.x_stride[4],
-                                    p.x_stride[1], p.x_stride[4], s.x + line * x_row + reach * LANES, x_chunk,
+                                    p.x_stride[1], p.x_stride[4], s.x + row * this->x_row + reach * LANES, this->x_chunk,
                                     task.columns.size(), p.channels);
     }
   }
