@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -156,6 +157,53 @@ inline void copy_lanes(To* to, const From* from) {
   }
 }
 
+// One half of the elements of `a` and `b`, in turn.
+template <int N, bool UPPER, class V, int... I>
+inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...);
+}
+
+// to[j * to_step + i] = from[i * from_step + j], in blocks of N x N; the last block of a row or column overlaps the one before.
+template <int N, class To, class From>
+void transpose_blocks(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
+  using Real = std::common_type_t<decltype(widen(To{})), decltype(widen(From{}))>;
+  using V = typename Vector<Real, N>::type;
+  constexpr auto lanes = std::make_integer_sequence<int, N>{};
+  for (Index i = 0; i < i_size; i += N) {
+    for (Index j = 0; j < j_size; j += N) {
+      const Index i_from = least(i, i_size - N), j_from = least(j, j_size - N);
+      Real lane[N];
+      V rows[N], mixed[N];
+      for (int row = 0; row < N; ++row) {
+        copy_lanes<N>(lane, from + (i_from + row) * from_step + j_from);
+        rows[row] = load<V>(lane);
+      }
+      for (int stage = 1; stage < N; stage *= 2) {
+        for (int row = 0; row < N / 2; ++row) {
+          mixed[2 * row] = interleave<N, false>(rows[row], rows[row + N / 2], lanes);
+          mixed[2 * row + 1] = interleave<N, true>(rows[row], rows[row + N / 2], lanes);
+        }
+        for (int row = 0; row < N; ++row) rows[row] = mixed[row];
+      }
+      for (int row = 0; row < N; ++row) {
+        store<V>(lane, rows[row]);
+        copy_lanes<N>(to + (j_from + row) * to_step + i_from, lane);
+      }
+    }
+  }
+}
+
+// to[j * to_step + i] = from[i * from_step + j]. LANES: of the widest register to use.
+template <int LANES, class To, class From>
+void transpose(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
+  const Index smaller = least(i_size, j_size);
+  if (LANES >= 16 && smaller >= 16) return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
+  if (LANES >= 8 && smaller >= 8) return transpose_blocks<8>(to, to_step, from, from_step, i_size, j_size);
+  if (smaller >= 4) return transpose_blocks<4>(to, to_step, from, from_step, i_size, j_size);
+  for (Index i = 0; i < i_size; ++i)
+    for (Index j = 0; j < j_size; ++j) copy_lanes<1>(to + j * to_step + i, from + i * from_step + j);
+}
+
 // Channels of one group at columns `wanted` of one row -> [chunk][column][LANES], zero outside the image and the group.
 template <class Real, int LANES, class Element>
 void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel_step, Index column_step, Range wanted,
@@ -165,13 +213,18 @@ void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel
     const Index lanes = least(LANES, channels - first);
     const Element* source = from + first * channel_step;
     Real* target = to - wanted.from * LANES;
-    if (lanes == LANES && channel_step == 1) {
+    if (lanes == LANES) {
       std::memset(to, 0, sizeof(Real) * LANES * (inside.from - wanted.from));
-      for (Index column = inside.from; column < inside.to; ++column)
-        copy_lanes<LANES>(target + column * LANES, source + column * column_step);
       std::memset(target + inside.to * LANES, 0, sizeof(Real) * LANES * (wanted.to - inside.to));
     } else {
       std::memset(to, 0, sizeof(Real) * LANES * wanted.size());
+    }
+    if (lanes == LANES && channel_step == 1) {
+      for (Index column = inside.from; column < inside.to; ++column)
+        copy_lanes<LANES>(target + column * LANES, source + column * column_step);
+    } else if (column_step == 1) {
+      transpose<LANES>(target + inside.from * LANES, LANES, source + inside.from, channel_step, lanes, inside.size());
+    } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = inside.from; column < inside.to; ++column)
           target[column * LANES + lane] = widen(source[column * column_step + lane * channel_step]);
@@ -189,6 +242,8 @@ void unpack_columns(Element* to, Index channel_step, Index column_step, const Re
     if (lanes == LANES && channel_step == 1) {
       for (Index column = 0; column < columns; ++column)
         copy_lanes<LANES>(target + column * column_step, from + column * LANES);
+    } else if (column_step == 1) {
+      transpose<LANES>(target, channel_step, from, LANES, columns, lanes);
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = 0; column < columns; ++column)
@@ -611,12 +666,12 @@ struct GradKernel {
         x_channel(x_phase * p.stride[2]) {}
 
   struct Scratch {
-    Real *x, *y, *taps;
-    Index* offsets;  // of each tap of a line in a packed row
+    Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs
+    Index* offsets;      // of each tap of a line in a packed row
   };
   Scratch scratch(Arena& arena) const {
     return {arena.take<Real>(p.kernel[0] * x_rows * p.channels * x_channel), arena.take<Real>(p.channels * columns),
-            arena.take<Real>(p.kernel[2] * columns), arena.take<Index>(p.kernel[2])};
+            arena.take<Real>(p.kernel[0] * p.kernel[1] * p.kernel[2] * columns), arena.take<Index>(p.kernel[2])};
   }
 
   // Columns from `first` on of `channels` rows, zero outside the image, to [channel][phase][column / stride].
@@ -626,21 +681,24 @@ struct GradKernel {
     const Range inside = {least(most(0, -first), wanted), most(0, least(wanted, width - first))};
     std::memset(to, 0, sizeof(Real) * p.channels * wanted);
     const Element* source = from + first * column_step;
-    const auto place = [&](Index column) { return column % stride * phase + column / stride; };
-    if (channel_step == 1) {
-      for (Index column = inside.from; column < inside.to; ++column) {
-        Real* target = to + place(column);
-        for (Index channel = 0; channel < p.channels; ++channel) target[channel * wanted] = widen(source[column * column_step + channel]);
-      }
-    } else {
-      for (Index channel = 0; channel < p.channels; ++channel)
+    if (stride == 1 && channel_step == 1) {
+      transpose<LANES>(to + inside.from, wanted, source + inside.from * column_step, column_step, inside.size(), p.channels);
+      return;
+    }
+    for (Index channel = 0; channel < p.channels; ++channel) {
+      Real* target = to + channel * wanted;
+      const Element* row = source + channel * channel_step;
+      if (stride == 1 && column_step == 1) {
+        for (Index column = inside.from; column < inside.to; ++column) target[column] = widen(row[column]);
+      } else {
         for (Index column = inside.from; column < inside.to; ++column)
-          to[channel * wanted + place(column)] = widen(source[column * column_step + channel * channel_step]);
+          target[column % stride * phase + column / stride] = widen(row[column * column_step]);
+      }
     }
   }
 
   template <int K>
-  void taps_of_line(const Scratch& s, const Real* x) const {
+  void taps_of_line(const Scratch& s, const Real* x, Real* taps) const {
     for (Index column = 0; column < columns; column += LANES) {
       for (Index first = 0; first < p.kernel[2]; first += K) {
         V sums[K] = {};
@@ -651,7 +709,7 @@ struct GradKernel {
           for (int t = 0; t < K; ++t) sums[t] += grad * load<V>(row + s.offsets[first + t]);
         }
 #pragma GCC unroll 16
-        for (int t = 0; t < K; ++t) store<V>(s.taps + (first + t) * columns + column, sums[t]);
+        for (int t = 0; t < K; ++t) store<V>(taps + (first + t) * columns + column, sums[t]);
       }
     }
   }
@@ -679,36 +737,44 @@ struct GradKernel {
           const Index depth = first_depth + kd * p.dilation[0];
           for (Index kr = 0; kr < p.kernel[1]; ++kr) {
             const Index line = (out - task.rows.from) * p.stride[1] + kr * p.dilation[1];
+            Real* taps = s.taps + (kd * p.kernel[1] + kr) * p.kernel[2] * columns;
             if (depth < 0 || depth >= p.input[0] || first_row + line < 0 || first_row + line >= p.input[1]) {
-              std::memset(s.taps, 0, sizeof(Real) * p.kernel[2] * columns);  // all in the padding
-            } else {
-              const Real* row = s.x + (kd * x_rows + line) * x_row;
-              switch (p.kernel[2]) {
-                case 3: taps_of_line<3>(s, row); break;
-                case 5: taps_of_line<5>(s, row); break;
-                case 7: taps_of_line<7>(s, row); break;
-                case 9: taps_of_line<9>(s, row); break;
-                default: taps_of_line<1>(s, row);
-              }
+              std::memset(taps, 0, sizeof(Real) * p.kernel[2] * columns);  // all in the padding
+              continue;
             }
-            write(task, s, group, out, kd, kr);
+            const Real* row = s.x + (kd * x_rows + line) * x_row;
+            switch (p.kernel[2]) {
+              case 3: taps_of_line<3>(s, row, taps); break;
+              case 5: taps_of_line<5>(s, row, taps); break;
+              case 7: taps_of_line<7>(s, row, taps); break;
+              case 9: taps_of_line<9>(s, row, taps); break;
+              default: taps_of_line<1>(s, row, taps);
+            }
           }
         }
+        write(task, s, group, out);
       }
     }
   }
 
-  void write(const Task& task, const Scratch& s, Index group, Index out, Index kd, Index kr) const {
-    const Index* step = p.kernel_stride;
-    Element* target = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + group * step[1] + kd * step[2] +
-                      kr * step[3] + task.depth * step[5] + out * step[6] + task.columns.from * step[7];
-    if (step[4] == 1) {
-      for (Index column = 0; column < task.columns.size(); ++column)
-        for (Index t = 0; t < p.kernel[2]; ++t) narrow(s.taps[t * columns + column], target[column * step[7] + t]);
-    } else {
-      for (Index t = 0; t < p.kernel[2]; ++t)
-        for (Index column = 0; column < task.columns.size(); ++column)
-          narrow(s.taps[t * columns + column], target[column * step[7] + t * step[4]]);
+  void write(const Task& task, const Scratch& s, Index group, Index out) const {
+    const Index *step = p.kernel_stride, count = task.columns.size();
+    Element* target = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + group * step[1] + task.depth * step[5] +
+                      out * step[6] + task.columns.from * step[7];
+    const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    if (step[4] == 1 && step[3] == p.kernel[2] && step[2] == p.kernel[1] * p.kernel[2]) {
+      transpose<LANES>(target, step[7], s.taps, columns, taps, count);
+      return;
+    }
+    for (Index tap = 0; tap < taps; ++tap) {
+      const Index column = tap % p.kernel[2], row = tap / p.kernel[2] % p.kernel[1], depth = tap / p.kernel[2] / p.kernel[1];
+      const Real* values = s.taps + tap * columns;
+      Element* line = target + depth * step[2] + row * step[3] + column * step[4];
+      if (step[7] == 1) {
+        for (Index i = 0; i < count; ++i) narrow(values[i], line[i]);
+      } else {
+        for (Index i = 0; i < count; ++i) narrow(values[i], line[i * step[7]]);
+      }
     }
   }
 };
