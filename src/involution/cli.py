@@ -46,12 +46,14 @@ def _run(command: str, args: list[str]) -> None:
     if command not in _COMMANDS:
         raise ValueError(unknown("command", command, _COMMANDS))
     args, name = _with_recipe(args)
-    from involution.tasks import commands
-
     if command == "compare":
-        commands.compare(args, name)
+        from involution.tasks.compare import compare
+
+        compare(args, name)
     else:
-        commands.run(command, args, name)
+        from involution.tasks.commands import run
+
+        run(command, args, name)
 
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:

@@ -34,6 +34,7 @@ class Classification(LightningModule):
         mirror: train in place of the RedNet the ResNet of the same depths and widths, which has convolutions where
             the RedNet has involutions.
         optimizer: name of the optimizer in timm, such as sgd (with Nesterov's momentum 0.9) or adamw.
+        optimizer_options: further arguments of the optimizer, such as betas of adamw.
         lr: largest learning rate, reached after the warm-up.
         weight_decay: weight decay of all parameters but biases and norms.
         warmup: share of all steps in which the learning rate grows linearly, from 0 to below 1.
@@ -52,6 +53,7 @@ class Classification(LightningModule):
         options: dict[str, Any] | None = None,
         mirror: bool = False,
         optimizer: str = "adamw",
+        optimizer_options: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         warmup: float = 0.1,
@@ -118,7 +120,11 @@ class Classification(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and its schedule over all steps of the run."""
         optimizer = create_optimizer_v2(
-            self.net, opt=self.hparams["optimizer"], lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+            self.net,
+            opt=self.hparams["optimizer"],
+            lr=self.hparams["lr"],
+            weight_decay=self.hparams["weight_decay"],
+            **(self.hparams["optimizer_options"] or {}),
         )
         steps = self.trainer.estimated_stepping_batches
         warmup = int(self.hparams["warmup"] * steps)

@@ -1,4 +1,4 @@
-"""The training commands: Lightning's command line over our task and data, and the comparison with the mirror."""
+"""Lightning's commands over our task and data."""
 
 from __future__ import annotations
 
@@ -10,31 +10,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from involution.data import Digits
 from involution.tasks.classification import Classification
 from involution.tasks.names import unknown
 from involution.tasks.progress import Progress
-from involution.tasks.report import draw_curves, measure, table
 
 
-class _Command(LightningCLI):
-    """One of Lightning's commands, run on construction; a fit keeps its files in a folder of its own."""
+class Command(LightningCLI):
+    """One of Lightning's commands, run on construction; a fit keeps its files in a folder of its own.
+
+    Args:
+        command: fit, validate, test or predict.
+        args: the rest of the command line.
+        name: of the recipe, for the folder.
+
+    Raises:
+        ValueError, TypeError, OSError: with one sentence for the user.
+    """
 
     def __init__(self, command: str, args: Sequence[str], name: str) -> None:
+        _calm()
         self._command, self._name = command, name
-        super().__init__(
-            Classification,
-            Digits,
-            args=[command, *args],
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
-            parser_kwargs={"prog": "involution", "exit_on_error": False, command: {"exit_on_error": False}},
-        )
+        try:
+            super().__init__(
+                Classification,
+                Digits,
+                args=[command, *args],
+                seed_everything_default=0,
+                load_from_checkpoint_support=False,  # the task's settings are plain values
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfigCallback if command == "fit" else None,
+                parser_kwargs={"prog": "involution", "exit_on_error": False, command: {"exit_on_error": False}},
+            )
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
 
     def subcommands(self) -> dict[str, set[str]]:
         """Only the one that runs: building the parsers of all takes seconds."""
@@ -66,7 +81,16 @@ class _Command(LightningCLI):
         return unknown("setting", found[1] or found[2], known) + f" (`involution {self._command} --help` lists all)"
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the settings as they are: what the user writes counts, and Lightning would let the checkpoint win."""
+        """Check the checkpoint here, where Lightning would let it override the settings the user wrote."""
+        path = self.config[self._command].get("ckpt_path")
+        if path is None or not Path(path).is_file():
+            return  # Lightning's "best" and "last", and its message for a file that is missing
+        try:
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise ValueError(f"`ckpt_path` {path} cannot be read as a checkpoint: {error}") from error
+        if "pytorch-lightning_version" not in checkpoint or "state_dict" not in checkpoint:
+            raise ValueError(f"`ckpt_path` must be a checkpoint that a fit has written; {path} is none.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with our progress display and the folder of the run."""
@@ -97,48 +121,11 @@ def run(command: str, args: Sequence[str], name: str) -> None:
     Raises:
         ValueError, TypeError, OSError: with one sentence for the user.
     """
-    _calm()
-    done = _Command(command, args, name)
+    done = Command(command, args, name)
     if command == "fit":
-        folder = done.trainer.log_dir
+        folder = Path(done.trainer.log_dir)
         print(f"\ncheckpoints    {folder}/checkpoints\nmetrics        {folder}/metrics.csv")
         print(f"configuration  {folder}/config.yaml")
-
-
-def compare(args: Sequence[str], name: str) -> None:
-    """Fit the RedNet of a recipe and its mirrored ResNet in exactly the same way; print what each costs and can do.
-
-    Args:
-        args: settings of `fit`, for both.
-        name: of the recipe, for the folder of the run.
-
-    Raises:
-        ValueError, TypeError, OSError: with one sentence for the user.
-    """
-    _calm()
-    rednet = _Command("fit", args, name)
-    folder = Path(rednet.trainer.log_dir)
-    resnet = _Command("fit", [*args, "--model.mirror", "true", "--folder", str(folder / "mirror")], name)
-    fits = {fit.model.name: fit for fit in (rednet, resnet)}
-    accuracies = [_test_accuracy(fit) for fit in fits.values()]
-
-    image = next(iter(rednet.datamodule.test_dataloader()))[0][:1]
-    rows = measure({name: fit.model for name, fit in fits.items()}, accuracies, image.to(rednet.model.device))
-    draw_curves({name: Path(fit.trainer.log_dir) / "metrics.csv" for name, fit in fits.items()}, folder / "curves.png")
-    (folder / "table.md").write_text(table(rows) + "\n")
-    print(f"\n{table(rows)}\n")
-    for what, where in (
-        ("checkpoint", rednet.trainer.checkpoint_callback.best_model_path),
-        ("mirror's", resnet.trainer.checkpoint_callback.best_model_path),
-        ("learning curves", folder / "curves.png"),
-        ("configuration", folder / "config.yaml"),
-    ):
-        print(f"{what:<16} {where}")
-
-
-def _test_accuracy(fit: _Command) -> float:
-    (metrics,) = fit.trainer.test(fit.model, datamodule=fit.datamodule, ckpt_path="best", verbose=False)
-    return metrics["test/accuracy"]
 
 
 def _free(folder: Path) -> Path:
@@ -160,5 +147,8 @@ def _calm() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # The data is a few tensors in memory, so more worker processes would only cost.
     warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
-    # Lightning's own use of torch, which nobody who reads it here could change.
+    # Every fit has a folder of its own, so the one a checkpoint comes from is always another.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # Lightning's own use of torch and jsonargparse, which nobody who reads of it here could change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from involution.tasks.classification import Classification
+from involution.tasks.report import Row, measure, table
+
+SMALL = {"in_chans": 1, "num_classes": 10, "base_width": 16, "stem_width": 32}
+
+
+def small(**settings):
+    return Classification("rednet26", SMALL, **settings)
+
+
+# Lightning's own use of torch; and one batch needs neither workers nor validation.
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_one_batch_is_learned_by_heart(tmp_path):
+    module = small(lr=3e-3, warmup=0.2, label_smoothing=0.0)
+    batch = (torch.rand(10, 1, 32, 32), torch.arange(10))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=25,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, train_dataloaders=DataLoader([batch], batch_size=None))
+    assert trainer.callback_metrics["train/accuracy"] == 1
+    assert trainer.callback_metrics["train/loss"] < 0.1
+    assert module.lr_schedulers().get_last_lr()[0] < 1e-6
+
+
+def test_predicting_gives_classes():
+    classes = small().eval().predict_step((torch.rand(3, 1, 32, 32), torch.zeros(3)), 0)
+    assert classes.shape == (3,)
+    assert classes.dtype == torch.int64
+
+
+def test_the_mirror_has_the_widths_of_its_rednet_and_no_involution():
+    options = SMALL | {"group_channels": 8, "reduction": 2}
+    rednet, resnet = (Classification("rednet26", options, mirror=mirror) for mirror in (False, True))
+    assert (rednet.name, resnet.name) == ("rednet26", "resnet26 (mirror)")
+    assert rednet.net.num_features == resnet.net.num_features == 512
+    assert not any("generator" in name for name, _ in resnet.named_parameters())
+
+
+def test_any_network_of_timm_can_be_trained():
+    module = Classification("resnet10t", {"num_classes": 3}).eval()
+    assert module(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_only_a_rednet_has_a_mirror():
+    with pytest.raises(ValueError, match="only a RedNet has a `mirror`; got `arch` 'resnet50'"):
+        Classification("resnet50", mirror=True)
+
+
+def test_an_unknown_network_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown network 'rednet27'; did you mean 'rednet\d+'\?"):
+        Classification("rednet27")
+
+
+def test_a_warmup_of_all_steps_is_refused():
+    with pytest.raises(ValueError, match=r"`warmup` must be a share of all steps, from 0 to below 1; got 1"):
+        small(warmup=1.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (
+            {"mirror": True},
+            r"\d+ keys missing \(net\.layer1\.0\.act1.*|\d+ keys missing \(.*\), \d+ keys too many \(.*\)",
+        ),
+        ({"options": SMALL | {"base_width": 32}}, r"\d+ keys of another shape \(net\..*, \.\.\.\)"),
+    ],
+)
+def test_the_checkpoint_of_another_network_is_refused(other, told):
+    theirs = Classification(**({"arch": "rednet26", "options": SMALL} | other)).state_dict()
+    with pytest.raises(ValueError, match=rf"belongs to another network than rednet26 .*: {told}"):
+        small().on_load_checkpoint({"state_dict": theirs})
+
+
+def test_own_checkpoint_is_welcome():
+    small().on_load_checkpoint({"state_dict": small().state_dict()})
+
+
+def test_measured_cost_of_a_known_layer():
+    layer = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    (row,) = measure({"layer": layer}, [0.5], torch.rand(1, 2, 4, 4))
+    assert (row.parameters, row.macs, row.accuracy) == (54, 54 * 16, 0.5)
+    assert row.latency > 0
+
+
+def test_the_table_has_a_row_for_each_network():
+    text = table([Row("a", 1_500_000, 2_000_000, 3.0, 0.975), Row("longer", 10, 20, 30.0, 1.0)])
+    assert text.splitlines() == [
+        "| model  | parameters | MACs / image | latency / image | test accuracy |",
+        "|--------|-----------:|-------------:|----------------:|--------------:|",
+        "| a      |     1.50 M |       2.00 M |         3.00 ms |         97.5% |",
+        "| longer |     0.00 M |       0.00 M |        30.00 ms |        100.0% |",
+    ]

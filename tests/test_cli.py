@@ -1,0 +1,130 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from involution.cli import main
+from involution.tasks.classification import Classification
+
+TINY = [
+    *("--model.options.base_width", "16", "--data.size", "16", "--data.batch_size", "32"),
+    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.limit_test_batches", "1", "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder in which one tiny comparison has run."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["compare", *TINY]) == 0
+    return folder
+
+
+@pytest.fixture
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def mistake(capsys, *args):
+    """The one line on stderr that a command line is refused with."""
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_the_help_lists_commands_and_recipes(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("compare", "fit", "validate", "test", "predict", "digits"):
+        assert word in text
+
+
+def test_the_help_of_a_command_explains_its_settings(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--model.arch ARCH name of the network in timm",
+        "--data.batch_size BATCH_SIZE images in a training step",
+        "--trainer.max_epochs",
+        "--ckpt_path",
+        "--folder FOLDER Where a fit keeps its files",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["fitt"], "unknown command 'fitt'; did you mean 'fit'?"),
+        (["fit", "--config", "digit"], "unknown recipe 'digit'; did you mean 'digits'? There is: digits."),
+        (["fit", "--config=nowhere/mine.yaml"], "unknown recipe 'nowhere/mine.yaml'."),
+        (["fit", "--model.archh", "x"], "unknown setting 'model.archh'; did you mean 'model.arch'?"),
+        (["fit", "--model.lr", "fast"], '"model.lr": Expected'),
+        (["fit", "--data.size", "4"], "`size` must be at least 8; got 4."),
+        (["test", "--ckpt_path", "nowhere.ckpt"], "Checkpoint file not found: nowhere.ckpt"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(args, told, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert told in mistake(capsys, *args)
+
+
+def test_a_wrong_key_in_a_file_is_named(capsys, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model:\n  archh: rednet26\n")
+    assert "unknown setting 'model.archh'; did you mean 'model.arch'?" in mistake(capsys, "fit", "-c", str(recipe))
+
+
+def test_a_comparison_leaves_its_table_and_files(at_home):
+    run = Path("runs/digits")
+    head, _, rednet, resnet = (run / "table.md").read_text().splitlines()
+    assert re.fullmatch(r"\| model +\| parameters \| MACs / image \| latency / image \| test accuracy \|", head)
+    assert re.fullmatch(r"\| rednet26 +\| +0\.47 M \| +[\d.]+ M \| +[\d.]+ ms \| +[\d.]+% \|", rednet)
+    assert re.fullmatch(r"\| resnet26 \(mirror\) +\| +0\.74 M \| +[\d.]+ M \| +[\d.]+ ms \| +[\d.]+% \|", resnet)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for fit in (run, run / "mirror"):
+        assert {path.name for path in (fit / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert {"config.yaml", "metrics.csv"} <= {path.name for path in fit.iterdir()}
+
+
+def test_a_checkpoint_is_tested_with_the_settings_of_its_run(at_home, capsys):
+    assert main(["test", "--ckpt_path", "runs/digits/checkpoints/best.ckpt"]) == 0
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_predicting_prints_a_class_a_line(at_home, capsys):
+    assert main(["predict", "--ckpt_path=runs/digits/checkpoints/best.ckpt"]) == 0
+    classes = capsys.readouterr().out.split()
+    assert len(classes) == 500
+    assert set(classes) <= set("0123456789")
+
+
+def test_a_fit_resumes_in_a_folder_of_its_own(at_home, capsys):
+    assert main(["fit", "--ckpt_path", "runs/digits/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]) == 0
+    assert "epoch 2 of 2" in capsys.readouterr().out
+    first, second = (torch.load(f"runs/{name}/checkpoints/last.ckpt") for name in ("digits", "digits-2"))
+    assert (first["global_step"], second["global_step"]) == (2, 4)
+
+
+def test_a_checkpoint_opens_in_python(at_home):
+    module = Classification.load_from_checkpoint("runs/digits/mirror/checkpoints/last.ckpt", map_location="cpu")
+    assert module.name == "resnet26 (mirror)"
+
+
+def test_the_checkpoint_of_another_network_is_refused(at_home, capsys):
+    checkpoint = "runs/digits/mirror/checkpoints/last.ckpt"
+    line = mistake(capsys, "test", "--config", "digits", "--ckpt_path", checkpoint)
+    assert re.search(r"another network than rednet26 .* \d+ keys missing \(.*\), \d+ keys too many \(.*\)", line)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(capsys, tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    (tmp_path / "junk.ckpt").write_text("junk")
+    for name, told in (("weights.pth", "must be a checkpoint that a fit has written"), ("junk.ckpt", "cannot be read")):
+        assert told in mistake(capsys, "test", "--ckpt_path", str(tmp_path / name))
