@@ -67,6 +67,7 @@ def test_the_help_of_a_command_explains_its_settings(capsys):
         (["fit", "--model.archh", "x"], "unknown setting 'model.archh'; did you mean 'model.arch'?"),
         (["fit", "--model.lr", "fast"], '"model.lr": Expected'),
         (["fit", "--data.size", "4"], "`size` must be at least 8; got 4."),
+        (["compare", "--model.arch", "resnet50"], "`compare` needs a RedNet as `model.arch`, such as rednet26"),
         (["test", "--ckpt_path", "nowhere.ckpt"], "Checkpoint file not found: nowhere.ckpt"),
     ],
 )

@@ -267,14 +267,20 @@ bool taps_in_place(const Problem& p) {
 }
 inline bool taps_innermost(const Problem& p) { return p.kernel_stride[4] == 1 || p.kernel[2] == 1; }
 
+// Whether all taps of a position lie in one run; the stride of an axis of size one means nothing.
+inline bool taps_in_one_run(const Problem& p) {
+  const Index* step = p.kernel_stride + 2;
+  return taps_innermost(p) && (p.kernel[1] == 1 || step[1] == p.kernel[2]) &&
+         (p.kernel[0] == 1 || step[0] == p.kernel[1] * p.kernel[2]);
+}
+
 // The kernel of one group and output row, outputs `wanted`: a dense copy of the taps at `depths`.
 template <class Real, class Element>
 void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, Range depths, Range wanted) {
   const Index *step = p.kernel_stride + 2, outputs = wanted.size();
-  const bool dense = step[1] == p.kernel[2] && step[0] == p.kernel[1] * p.kernel[2];
   from += wanted.from * step[5];
-  if (taps_innermost(p) && dense) {
-    const Index first = depths.from * step[0], count = depths.size() * step[0];
+  if (taps_in_one_run(p)) {
+    const Index first = depths.from * at.tap_depth, count = depths.size() * at.tap_depth;
     for (Index output = 0; output < outputs; ++output)
       for (Index tap = first; tap < first + count; ++tap) to[output * at.tap_output + tap] = widen(from[output * step[5] + tap]);
     return;
@@ -657,18 +663,33 @@ struct GradKernel {
   const Problem& p;
   const Index columns, x_rows, x_columns, x_phase, x_channel;
 
+  struct Scratch {
+    Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs
+    Index* offsets;      // of each tap of a line in a packed row
+  };
+  void (GradKernel::*const taps_of_line_)(const Scratch&, const Real*, Real*) const;
+
   GradKernel(const Problem& problem, const Tasks& all)
       : p(problem),
         columns(ceil_div(ceil_div(all.columns, all.column_blocks), LANES) * LANES),
         x_rows((ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
         x_columns((columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
         x_phase(ceil_div(x_columns, p.stride[2])),
-        x_channel(x_phase * p.stride[2]) {}
+        x_channel(x_phase * p.stride[2]),
+        taps_of_line_(choose(p)) {}
 
-  struct Scratch {
-    Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs
-    Index* offsets;      // of each tap of a line in a packed row
-  };
+  static auto choose(const Problem& p) -> void (GradKernel::*)(const Scratch&, const Real*, Real*) const {
+    if (p.stride[2] == 1 && p.dilation[2] == 1) {
+      if (p.kernel[2] == 3) return &GradKernel::taps_of_line<3, true>;
+      if (p.kernel[2] == 5) return &GradKernel::taps_of_line<5, true>;
+      if (p.kernel[2] == 7) return &GradKernel::taps_of_line<7, true>;
+      if (p.kernel[2] == 9) return &GradKernel::taps_of_line<9, true>;
+    }
+    if (p.kernel[2] % 3 == 0) return &GradKernel::taps_of_line<3, false>;
+    if (p.kernel[2] % 7 == 0) return &GradKernel::taps_of_line<7, false>;
+    return &GradKernel::taps_of_line<1, false>;
+  }
+
   Scratch scratch(Arena& arena) const {
     return {arena.take<Real>(p.kernel[0] * x_rows * p.channels * x_channel), arena.take<Real>(p.channels * columns),
             arena.take<Real>(p.kernel[0] * p.kernel[1] * p.kernel[2] * columns), arena.take<Index>(p.kernel[2])};
@@ -697,7 +718,8 @@ struct GradKernel {
     }
   }
 
-  template <int K>
+  // UNIT: stride and dilation are one, so that the offset of a tap is its number.
+  template <int K, bool UNIT>
   void taps_of_line(const Scratch& s, const Real* x, Real* taps) const {
     for (Index column = 0; column < columns; column += LANES) {
       for (Index first = 0; first < p.kernel[2]; first += K) {
@@ -706,7 +728,7 @@ struct GradKernel {
           const V grad = load<V>(s.y + channel * columns + column);
           const Real* row = x + channel * x_channel + column;
 #pragma GCC unroll 16
-          for (int t = 0; t < K; ++t) sums[t] += grad * load<V>(row + s.offsets[first + t]);
+          for (int t = 0; t < K; ++t) sums[t] += grad * load<V>(row + (UNIT ? first + t : s.offsets[first + t]));
         }
 #pragma GCC unroll 16
         for (int t = 0; t < K; ++t) store<V>(taps + (first + t) * columns + column, sums[t]);
@@ -743,13 +765,7 @@ struct GradKernel {
               continue;
             }
             const Real* row = s.x + (kd * x_rows + line) * x_row;
-            switch (p.kernel[2]) {
-              case 3: taps_of_line<3>(s, row, taps); break;
-              case 5: taps_of_line<5>(s, row, taps); break;
-              case 7: taps_of_line<7>(s, row, taps); break;
-              case 9: taps_of_line<9>(s, row, taps); break;
-              default: taps_of_line<1>(s, row, taps);
-            }
+            (this->*taps_of_line_)(s, row, taps);
           }
         }
         write(task, s, group, out);
@@ -762,7 +778,7 @@ struct GradKernel {
     Element* target = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + group * step[1] + task.depth * step[5] +
                       out * step[6] + task.columns.from * step[7];
     const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-    if (step[4] == 1 && step[3] == p.kernel[2] && step[2] == p.kernel[1] * p.kernel[2]) {
+    if (taps_in_one_run(p)) {
       transpose<LANES>(target, step[7], s.taps, columns, taps, count);
       return;
     }

@@ -19,7 +19,7 @@ def compare(args: Sequence[str], name: str) -> None:
     Raises:
         ValueError, TypeError, OSError: with one sentence for the user.
     """
-    rednet = Command("fit", args, name)
+    rednet = _RedNet("fit", args, name)
     folder = Path(rednet.trainer.log_dir)
     resnet = Command("fit", [*args, "--model.mirror", "true", "--folder", str(folder / "mirror")], name)
     fits = {fit.model.name: fit for fit in (rednet, resnet)}
@@ -37,6 +37,16 @@ def compare(args: Sequence[str], name: str) -> None:
         ("configuration", folder / "config.yaml"),
     ):
         print(f"{what:<16} {where}")
+
+
+class _RedNet(Command):
+    """A fit that refuses a network without a mirror before it has trained it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Lightning calls it before it builds anything."""
+        arch = self.config["fit"]["model"]["arch"]
+        if not arch.startswith("rednet"):
+            raise ValueError(f"`compare` needs a RedNet as `model.arch`, such as rednet26; got {arch!r}.")
 
 
 def _test_accuracy(fit: Command) -> float:
