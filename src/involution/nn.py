@@ -13,7 +13,7 @@ from involution.ops.functional import involution
 from involution.ops.window import IntOrInts, Window, per_axis
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -62,7 +62,7 @@ class BottleneckGenerator(nn.Module):
             )
         conv, hidden = _CONV[rank - 1], channels // reduction
         self.shape = (groups, *kernel_size)
-        self.pool = _POOL[rank - 1](stride, stride, ceil_mode=True) if max(stride) > 1 else nn.Identity()
+        self.stride = stride
         self.reduce = conv(channels, hidden, 1, bias=False)
         self.norm = (norm or _NORM[rank - 1])(hidden)
         self.act = act()
@@ -70,7 +70,16 @@ class BottleneckGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Generate the kernel from `x`."""
-        return self.span(self.act(self.norm(self.reduce(self.pool(x))))).unflatten(1, self.shape)
+        return self.span(self.act(self.norm(self.reduce(self._pool(x))))).unflatten(1, self.shape)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """`x` averaged over `stride`; windows that overhang average what they cover."""
+        if max(self.stride) == 1:
+            return x
+        window = tuple(map(min, self.stride, x.shape[2:]))  # torch refuses a 3-D window larger than x
+        # Nothing is padded, so `count_include_pad` changes no value; without it the compiled backward pass divides
+        # overhanging windows by the wrong count (pytorch issue 198119).
+        return _POOL[len(window) - 1](x, window, self.stride, ceil_mode=True, count_include_pad=False)
 
 
 class _Involution(nn.Module):

@@ -34,9 +34,7 @@ def register_when_counted() -> None:
 class _OnImport(MetaPathFinder):
     """Lets the counter be found as usual and registers the formulas right after it has run."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)

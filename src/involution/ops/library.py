@@ -1,7 +1,7 @@
-"""The three ops as torch sees them: schemas, fakes, derivatives, FLOP counts, and which implementation serves which device.
+"""The three ops as torch sees them: schemas, fakes, derivatives, and which implementation serves which device.
 
-Involution is a trilinear form in (gradient g, kernel k, input x). Each op is the form's derivative in one of the three, so
-the derivative of every op is again one of the ops and double backward needs nothing new:
+Involution is a trilinear form in (gradient g, kernel k, input x). Each op is the form's derivative in one of the three,
+so the derivative of every op is again one of the ops, and double backward needs nothing new:
 <g, forward(x, k)> = <x, grad_x(g, k)> = <k, grad_kernel(g, x)>.
 """
 

@@ -18,7 +18,7 @@ Ints = Sequence[int]
 
 
 def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
-    """Fill `out` with y[b, c, o] = sum over t of kernel[b, c // D, t, o] * x[b, c, o * stride - padding + t * dilation]."""
+    """Fill `out` with the sum over taps of what each reads of x, times its entry of the kernel."""
     padded, groups = _pad(_accurate(x), padding), kernel.shape[1]
     total = _grouped(torch.zeros(out.shape, dtype=padded.dtype, device=out.device), groups)
     for tap, place in _taps(kernel.shape, out.shape, stride, dilation):
@@ -32,12 +32,13 @@ def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Int
     total = _pad(torch.zeros(out.shape, dtype=grouped.dtype, device=out.device), padding)
     for tap, place in _taps(kernel.shape, grad.shape, stride, dilation):
         total[place] += (grouped * _accurate(kernel[tap]).unsqueeze(2)).flatten(1, 2)
-    inside = [slice(p, p + size) for p, size in zip(padding, out.shape[2:], strict=True)]
-    out.copy_(total[(..., *inside)])
+    for axis, (p, size) in enumerate(zip(padding, out.shape[2:], strict=True), start=2):
+        total = total.narrow(axis, p, size)
+    out.copy_(total)
 
 
 def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
-    """Fill `out` with the gradient of the kernel: per tap, the product of `grad` and what it read, summed over the group."""
+    """Fill `out` with the gradient of the kernel: `grad` times what each tap read, summed over the group."""
     padded, grouped = _pad(_accurate(x), padding), _grouped(_accurate(grad), out.shape[1])
     for tap, place in _taps(out.shape, grad.shape, stride, dilation):
         out[tap] = (grouped * _grouped(padded[place], out.shape[1])).sum(2)

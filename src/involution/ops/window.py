@@ -66,7 +66,7 @@ def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, .
         if len(entries) != rank:
             raise ValueError(f"`{name}` must be an int or one int per spatial axis, {rank} here; got {value}.")
     else:
-        entries = (value,) * rank  # type: ignore[assignment]  # not an int after all: said below
+        entries = (value,) * rank
     try:
         entries = tuple(map(index, entries))
     except TypeError:
