@@ -1,1 +1,1 @@
-"""The operator: definition and checks (`functional`), registration (`library`), implementations (`reference`, `cpu`)."""
+"""The operator: definition and checks (`functional`), registration (`library`), code (`reference`, `cpu`)."""

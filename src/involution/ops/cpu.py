@@ -1,4 +1,4 @@
-"""The C++ implementation: finds the compiled library of `csrc/involution.cpp`, describes tensors to it, and calls it."""
+"""The C++ implementation: finds the compiled library of `csrc/involution.cpp`, describes tensors to it, calls it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
 
 
 def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
-    """Call the library's function `name` on x (B, C, *S), kernel (B, G, *K, *O) and y (B, C, *O); it fills one of them."""
+    """Call the function `name` on x (B, C, *S), kernel (B, G, *K, *O) and y (B, C, *O); it fills one of them."""
     rank = x.dim() - 2
     missing = 3 - rank
     ones, zeros = (1,) * missing, (0,) * missing
