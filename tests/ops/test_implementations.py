@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from involution import implementations
+from involution.ops import cpu
 
 from ..cases import (
     CASES,
@@ -22,12 +23,29 @@ from ..cases import (
     run_served,
 )
 
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
     problem(case, dtype).check(run_served, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["baseline", "avx2", "avx512"])
+def test_every_variant_of_the_library(
+    monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype, layout: str
+) -> None:
+    capable = ["baseline", *{"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}.get(_CAPABILITY, [])]
+    library, _ = cpu._load(variant)
+    if variant not in capable or library is None:
+        pytest.skip(f"no library for {variant}, or no processor: this one has {_CAPABILITY}")
+    monkeypatch.setattr(cpu, "_library", library)
+    for case in CASES:
+        problem(case, dtype).check(run_served, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
