@@ -252,12 +252,15 @@ void unpack_columns(Element* to, Index channel_step, Index column_step, const Re
   }
 }
 
+constexpr Index CACHE_LINE = 64;
+
 // Where the loops find things, the same for all rows of all tasks. Steps are in elements.
 struct Layout {
   Index taps, stride, dilation;                     // of one line of the window, in columns
   Index x_depth, x_row;                             // from line to line of the window in the packed rows
   Index y_column;                                   // from output to output
   Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
+  Index fetched;                                    // bytes of taps to come that each tile prefetches
 };
 
 // Whether the taps are read where they lie, and if not, which way they are copied.
@@ -378,13 +381,16 @@ inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
 template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNERMOST>
-void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depths, Index rows, const Layout& at) {
+void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depths, Index rows, const Layout& at,
+                  const char* coming) {
   Index column = 0;
   const auto run = [&](auto width) {
     constexpr auto tile = FORWARD ? gather_tile<Real, LANES, K, S, TAPS_INNERMOST, width>
                                   : scatter_tile<Real, LANES, K, S, TAPS_INNERMOST, width>;
-    for (; column + width <= columns; column += width)
+    for (; column + width <= columns; column += width) {
+      for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
       tile(y + column * at.y_column, x + column * at.stride * LANES, taps + column * at.tap_output, depths, rows, at);
+    }
   };
   run(std::integral_constant<int, 7>{});
   run(std::integral_constant<int, 3>{});
@@ -392,7 +398,7 @@ void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depth
 }
 
 template <class Real>
-using Row = void (*)(Real*, Real*, const Real*, Index, Index, Index, const Layout&);
+using Row = void (*)(Real*, Real*, const Real*, Index, Index, Index, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
 template <bool FORWARD, class Real, int LANES>
@@ -496,18 +502,32 @@ int run_tasks(const Problem& p, const Index* size) {
 
 // ---------------------------------------------------------------------------------------------- the three ops
 
+// The taps of a row of outputs lie position by position, all groups together: a few rows at a time, so that they are read in
+// the order of memory, while those of the rows to come are fetched; yet the packed rows of a group serve several outputs.
+#ifndef RT
+#define RT 2
+#endif
+constexpr Index ROWS_TOGETHER = RT;
+
+template <class Body>
+inline void for_rows_and_groups(Range rows, Range groups, const Body& body) {
+  for (Index first = rows.from; first < rows.to; first += ROWS_TOGETHER)
+    for (Index group = groups.from; group < groups.to; ++group)
+      for (Index row = first; row < least(first + ROWS_TOGETHER, rows.to); ++row) body(row, group);
+}
+
 // What forward and grad_x have in common: lanes are channels. `x_rows`, `x_columns` and `y_columns` are the most that the
 // packed rows of a task can have.
 template <bool FORWARD, class Real, int LANES, class Element>
 struct ByChannel {
   const Problem& p;
-  const Index chunks, x_depths, x_columns, y_columns, x_row, x_depth, x_chunk;
+  const Index chunks, x_depths, x_columns, y_columns, x_row, x_depth, x_chunk, x_groups;
   const bool y_in_place, copies_taps;
   const Index y_chunk;
   const Layout at;
   const Row<Real> row;
 
-  ByChannel(const Problem& problem, Index x_rows, Index columns, Index outputs)
+  ByChannel(const Problem& problem, Index groups, Index x_rows, Index columns, Index outputs)
       : p(problem),
         chunks(ceil_div(p.channels, LANES)),
         x_depths(FORWARD ? p.kernel[0] : 1),
@@ -516,6 +536,7 @@ struct ByChannel {
         x_row(x_columns * LANES),
         x_depth(x_rows * x_row),
         x_chunk(x_depths * x_depth),
+        x_groups(groups),
         y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % LANES == 0),
         copies_taps(!taps_in_place<Real, Element>(p)),
         y_chunk(y_in_place ? LANES : y_columns * LANES),
@@ -524,13 +545,14 @@ struct ByChannel {
 
   Layout layout() const {
     Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : LANES,
-                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7]};
+                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], 0};
     if (copies_taps) {
       result.tap_column = taps_innermost(p) ? 1 : y_columns;
       result.tap_row = p.kernel[2] * result.tap_column;
       result.tap_depth = p.kernel[1] * result.tap_row;
       result.tap_output = taps_innermost(p) ? p.kernel[0] * result.tap_depth : 1;
     }
+    if (taps_in_one_run(p)) result.fetched = p.kernel[0] * p.kernel[1] * p.kernel[2] * Index(sizeof(Element)) / chunks;
     return result;
   }
 
@@ -539,7 +561,7 @@ struct ByChannel {
   };
   Scratch scratch(Arena& arena) const {
     const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-    return {arena.take<Real>(chunks * x_chunk), arena.take<Real>(y_in_place ? 0 : chunks * y_columns * LANES),
+    return {arena.take<Real>(x_groups * chunks * x_chunk), arena.take<Real>(y_in_place ? 0 : chunks * y_columns * LANES),
             arena.take<Real>(copies_taps ? y_columns * taps : 0)};
   }
 
@@ -556,7 +578,10 @@ struct ByChannel {
   void run_row(Index batch, Index group, Index depth, Index out, Range outputs, Range depths, Range rows, Element* y, Real* x,
                const Scratch& s) const {
     const Index* step = p.kernel_stride;
-    const Element* kernel = static_cast<const Element*>(p.kernel_data) + batch * step[0] + group * step[1] + depth * step[5] + out * step[6];
+    const Element* all_groups = static_cast<const Element*>(p.kernel_data) + batch * step[0] + depth * step[5] + out * step[6];
+    const Element* kernel = all_groups + group * step[1];
+    const char* coming = reinterpret_cast<const char*>(all_groups + ROWS_TOGETHER * step[6] + outputs.from * step[7]) +
+                         group * outputs.size() * at.fetched;
     const Real* taps = s.taps;
     if constexpr (std::is_same_v<Real, Element>) taps = kernel + outputs.from * step[7];
     if (copies_taps) {
@@ -569,7 +594,7 @@ struct ByChannel {
     if (!FORWARD && !y_in_place)
       pack_columns<Real, LANES>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, outputs.size()}, outputs.size(), p.channels);
     for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(values + chunk * y_chunk, x + chunk * x_chunk, taps, outputs.size(), depths.size(), rows.size(), at);
+      row(values + chunk * y_chunk, x + chunk * x_chunk, taps, outputs.size(), depths.size(), rows.size(), at, coming);
     if (FORWARD && !y_in_place)
       unpack_columns<Real, LANES>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, outputs.size(), p.channels);
   }
@@ -581,7 +606,8 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
   using Base::p;
 
   Forward(const Problem& p, const Tasks& all)
-      : Base(p, (ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1,
+      : Base(p, ceil_div(all.groups, all.group_blocks),
+             (ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1,
              (ceil_div(all.columns, all.column_blocks) - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1,
              ceil_div(all.columns, all.column_blocks)) {}
 
@@ -591,21 +617,21 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
     const Index first_column = task.columns.from * p.stride[2] - p.padding[2];
     const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     const Range depths = this->taps_inside(0, first_depth, p.input[0]);
-    for (Index group = task.groups.from; group < task.groups.to; ++group) {
-      const Index channel = group * p.channels;
+    const auto packed = [&](Index group) { return s.x + (group - task.groups.from) * this->chunks * this->x_chunk; };
+    for (Index group = task.groups.from; group < task.groups.to; ++group)
       for (Index depth = depths.from; depth < depths.to; ++depth)
         for (Index row = most(0, -first_row); row < least(rows, p.input[1] - first_row); ++row)
-          pack_columns<Real, LANES>(s.x + depth * this->x_depth + row * this->x_row, this->x_chunk,
-                                    Base::row_of(p.x, p.x_stride, task.batch, channel, first_depth + depth * p.dilation[0], first_row + row),
+          pack_columns<Real, LANES>(packed(group) + depth * this->x_depth + row * this->x_row, this->x_chunk,
+                                    Base::row_of(p.x, p.x_stride, task.batch, group * p.channels,
+                                                 first_depth + depth * p.dilation[0], first_row + row),
                                     p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], p.channels);
-      for (Index out = task.rows.from; out < task.rows.to; ++out) {
-        const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
-        const Index row = (out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1];
-        this->run_row(task.batch, group, task.depth, out, task.columns, depths, lines,
-                      Base::row_of(p.y, p.y_stride, task.batch, channel, task.depth, out) + task.columns.from * p.y_stride[4],
-                      s.x + depths.from * this->x_depth + row * this->x_row, s);
-      }
-    }
+    for_rows_and_groups(task.rows, task.groups, [&](Index out, Index group) {
+      const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
+      const Index row = (out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1];
+      this->run_row(task.batch, group, task.depth, out, task.columns, depths, lines,
+                    Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, task.depth, out) + task.columns.from * p.y_stride[4],
+                    packed(group) + depths.from * this->x_depth + row * this->x_row, s);
+    });
   }
 };
 
@@ -616,7 +642,8 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
   using Base::p;
 
   GradX(const Problem& p, const Tasks& all)
-      : Base(p, ceil_div(all.rows, all.row_blocks), ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2],
+      : Base(p, ceil_div(all.groups, all.group_blocks), ceil_div(all.rows, all.row_blocks),
+             ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2],
              (ceil_div(all.columns, all.column_blocks) + (p.kernel[2] - 1) * p.dilation[2]) / p.stride[2] + 1) {}
 
   // Outputs along `axis` of which some tap reads a position in `positions`.
@@ -631,27 +658,26 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
     const Range outs = readers(1, task.rows), outputs = readers(2, task.columns);
     const Index reach = (p.kernel[2] - 1) * p.dilation[2];  // the packed rows begin this far before the block
     const Index first_column = outputs.from * p.stride[2] - p.padding[2] - (task.columns.from - reach);
-    for (Index group = task.groups.from; group < task.groups.to; ++group) {
-      const Index channel = group * p.channels;
-      std::memset(s.x, 0, sizeof(Real) * this->chunks * this->x_chunk);
-      for (Index tap = 0; tap < p.kernel[0]; ++tap) {
-        const Index reads = task.depth + p.padding[0] - tap * p.dilation[0], depth = floor_div(reads, p.stride[0]);
-        if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || outputs.size() == 0) continue;
-        for (Index out = outs.from; out < outs.to; ++out) {
-          const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
-          const Range lines = this->taps_inside(1, position, task.rows.size());
-          if (lines.size() == 0) continue;
-          this->run_row(task.batch, group, depth, out, outputs, {tap, tap + 1}, lines,
-                        Base::row_of(p.y, p.y_stride, task.batch, channel, depth, out) + outputs.from * p.y_stride[4],
-                        s.x + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES, s);
-        }
-      }
-      for (Index row = 0; row < task.rows.size(); ++row)
-        unpack_columns<Real, LANES>(Base::row_of(p.x, p.x_stride, task.batch, channel, task.depth, task.rows.from + row) +
-                                        task.columns.from * p.x_stride[4],
-                                    p.x_stride[1], p.x_stride[4], s.x + row * this->x_row + reach * LANES, this->x_chunk,
-                                    task.columns.size(), p.channels);
+    const auto packed = [&](Index group) { return s.x + (group - task.groups.from) * this->chunks * this->x_chunk; };
+    std::memset(s.x, 0, sizeof(Real) * task.groups.size() * this->chunks * this->x_chunk);
+    for (Index tap = 0; tap < p.kernel[0]; ++tap) {
+      const Index reads = task.depth + p.padding[0] - tap * p.dilation[0], depth = floor_div(reads, p.stride[0]);
+      if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || outputs.size() == 0) continue;
+      for_rows_and_groups(outs, task.groups, [&](Index out, Index group) {
+        const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
+        const Range lines = this->taps_inside(1, position, task.rows.size());
+        if (lines.size() == 0) return;
+        this->run_row(task.batch, group, depth, out, outputs, {tap, tap + 1}, lines,
+                      Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, depth, out) + outputs.from * p.y_stride[4],
+                      packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES, s);
+      });
     }
+    for (Index group = task.groups.from; group < task.groups.to; ++group)
+      for (Index row = 0; row < task.rows.size(); ++row)
+        unpack_columns<Real, LANES>(Base::row_of(p.x, p.x_stride, task.batch, group * p.channels, task.depth, task.rows.from + row) +
+                                        task.columns.from * p.x_stride[4],
+                                    p.x_stride[1], p.x_stride[4], packed(group) + row * this->x_row + reach * LANES, this->x_chunk,
+                                    task.columns.size(), p.channels);
   }
 };
 
