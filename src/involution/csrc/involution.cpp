@@ -204,25 +204,30 @@ void transpose(To* to, Index to_step, const From* from, Index from_step, Index i
     for (Index j = 0; j < j_size; ++j) copy_lanes<1>(to + j * to_step + i, from + i * from_step + j);
 }
 
-// Channels of one group at columns `wanted` of one row -> [chunk][column][LANES], zero outside the image and the group.
+// Channels at columns `wanted` of one row -> [chunk][column][LANES], zero outside the image and beyond the last channel.
 template <class Real, int LANES, class Element>
 void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel_step, Index column_step, Range wanted,
                   Index width, Index channels) {
   const Range inside = {least(most(wanted.from, 0), wanted.to), most(least(wanted.to, width), wanted.from)};
-  for (Index first = 0; first < channels; first += LANES, to += chunk_step) {
-    const Index lanes = least(LANES, channels - first);
-    const Element* source = from + first * channel_step;
-    Real* target = to - wanted.from * LANES;
-    if (lanes == LANES) {
-      std::memset(to, 0, sizeof(Real) * LANES * (inside.from - wanted.from));
-      std::memset(target + inside.to * LANES, 0, sizeof(Real) * LANES * (wanted.to - inside.to));
-    } else {
-      std::memset(to, 0, sizeof(Real) * LANES * wanted.size());
-    }
-    if (lanes == LANES && channel_step == 1) {
-      for (Index column = inside.from; column < inside.to; ++column)
-        copy_lanes<LANES>(target + column * LANES, source + column * column_step);
-    } else if (column_step == 1) {
+  const Index whole = channels / LANES, chunks = ceil_div(channels, LANES);
+  for (Index chunk = 0; chunk < chunks; ++chunk) {
+    Real* row = to + chunk * chunk_step;
+    const Index before = chunk < whole ? inside.from - wanted.from : wanted.size();
+    std::memset(row, 0, sizeof(Real) * LANES * before);
+    std::memset(row + (inside.to - wanted.from) * LANES, 0, sizeof(Real) * LANES * (wanted.to - inside.to));
+  }
+  to -= wanted.from * LANES;
+  const bool by_column = channel_step == 1;
+  if (by_column) {  // in the order of memory
+    for (Index column = inside.from; column < inside.to; ++column)
+      for (Index chunk = 0; chunk < whole; ++chunk)
+        copy_lanes<LANES>(to + chunk * chunk_step + column * LANES, from + column * column_step + chunk * LANES);
+  }
+  for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
+    const Element* source = from + chunk * LANES * channel_step;
+    Real* target = to + chunk * chunk_step;
+    const Index lanes = least(LANES, channels - chunk * LANES);
+    if (column_step == 1) {
       transpose<LANES>(target + inside.from * LANES, LANES, source + inside.from, channel_step, lanes, inside.size());
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
@@ -236,18 +241,23 @@ void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel
 template <class Real, int LANES, class Element>
 void unpack_columns(Element* to, Index channel_step, Index column_step, const Real* from, Index chunk_step, Index columns,
                     Index channels) {
-  for (Index first = 0; first < channels; first += LANES, from += chunk_step) {
-    const Index lanes = least(LANES, channels - first);
-    Element* target = to + first * channel_step;
-    if (lanes == LANES && channel_step == 1) {
-      for (Index column = 0; column < columns; ++column)
-        copy_lanes<LANES>(target + column * column_step, from + column * LANES);
-    } else if (column_step == 1) {
-      transpose<LANES>(target, channel_step, from, LANES, columns, lanes);
+  const Index whole = channels / LANES, chunks = ceil_div(channels, LANES);
+  const bool by_column = channel_step == 1;
+  if (by_column) {
+    for (Index column = 0; column < columns; ++column)
+      for (Index chunk = 0; chunk < whole; ++chunk)
+        copy_lanes<LANES>(to + column * column_step + chunk * LANES, from + chunk * chunk_step + column * LANES);
+  }
+  for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
+    const Real* source = from + chunk * chunk_step;
+    Element* target = to + chunk * LANES * channel_step;
+    const Index lanes = least(LANES, channels - chunk * LANES);
+    if (column_step == 1) {
+      transpose<LANES>(target, channel_step, source, LANES, columns, lanes);
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = 0; column < columns; ++column)
-          narrow(from[column * LANES + lane], target[column * column_step + lane * channel_step]);
+          narrow(source[column * LANES + lane], target[column * column_step + lane * channel_step]);
     }
   }
 }
@@ -389,6 +399,7 @@ void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depth
                                   : scatter_tile<Real, LANES, K, S, TAPS_INNERMOST, width>;
     for (; column + width <= columns; column += width) {
       for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
+      for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
       tile(y + column * at.y_column, x + column * at.stride * LANES, taps + column * at.tap_output, depths, rows, at);
     }
   };
@@ -504,10 +515,7 @@ int run_tasks(const Problem& p, const Index* size) {
 
 // The taps of a row of outputs lie position by position, all groups together: a few rows at a time, so that they are read in
 // the order of memory, while those of the rows to come are fetched; yet the packed rows of a group serve several outputs.
-#ifndef RT
-#define RT 2
-#endif
-constexpr Index ROWS_TOGETHER = RT;
+constexpr Index ROWS_TOGETHER = 2;
 
 template <class Body>
 inline void for_rows_and_groups(Range rows, Range groups, const Body& body) {
@@ -565,6 +573,13 @@ struct ByChannel {
             arena.take<Real>(copies_taps ? y_columns * taps : 0)};
   }
 
+  // Calls body(first group, channels) for runs of channels that fill whole vectors: all groups at once, or each alone.
+  template <class Body>
+  void for_each_run(Range groups, const Body& body) const {
+    if (p.channels % LANES == 0) return body(groups.from, groups.size() * p.channels);
+    for (Index group = groups.from; group < groups.to; ++group) body(group, p.channels);
+  }
+
   // Taps along `axis` that lie in [0, limit) when the first lies at `position`.
   Range taps_inside(int axis, Index position, Index limit) const {
     const Index step = p.dilation[axis], from = most(0, ceil_div(-position, step));
@@ -618,13 +633,14 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
     const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     const Range depths = this->taps_inside(0, first_depth, p.input[0]);
     const auto packed = [&](Index group) { return s.x + (group - task.groups.from) * this->chunks * this->x_chunk; };
-    for (Index group = task.groups.from; group < task.groups.to; ++group)
-      for (Index depth = depths.from; depth < depths.to; ++depth)
-        for (Index row = most(0, -first_row); row < least(rows, p.input[1] - first_row); ++row)
+    for (Index depth = depths.from; depth < depths.to; ++depth)
+      for (Index row = most(0, -first_row); row < least(rows, p.input[1] - first_row); ++row)
+        this->for_each_run(task.groups, [&](Index group, Index channels) {
           pack_columns<Real, LANES>(packed(group) + depth * this->x_depth + row * this->x_row, this->x_chunk,
                                     Base::row_of(p.x, p.x_stride, task.batch, group * p.channels,
                                                  first_depth + depth * p.dilation[0], first_row + row),
-                                    p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], p.channels);
+                                    p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], channels);
+        });
     for_rows_and_groups(task.rows, task.groups, [&](Index out, Index group) {
       const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
       const Index row = (out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1];
@@ -672,12 +688,13 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
                       packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES, s);
       });
     }
-    for (Index group = task.groups.from; group < task.groups.to; ++group)
-      for (Index row = 0; row < task.rows.size(); ++row)
+    for (Index row = 0; row < task.rows.size(); ++row)
+      this->for_each_run(task.groups, [&](Index group, Index channels) {
         unpack_columns<Real, LANES>(Base::row_of(p.x, p.x_stride, task.batch, group * p.channels, task.depth, task.rows.from + row) +
                                         task.columns.from * p.x_stride[4],
                                     p.x_stride[1], p.x_stride[4], packed(group) + row * this->x_row + reach * LANES, this->x_chunk,
-                                    task.columns.size(), p.channels);
+                                    task.columns.size(), channels);
+      });
   }
 };
 
