@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ _COMMANDS = {
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
     "predict": "print the class of every test image, a line each",
+    "bench": "time the operator or a network against its rivals on this machine",
 }
 
 
@@ -45,6 +47,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(command: str, args: list[str]) -> None:
     if command not in _COMMANDS:
         raise ValueError(unknown("command", command, _COMMANDS))
+    if command == "bench":
+        _bench(args)
+        return
     args, name = _with_recipe(args)
     if command == "compare":
         from involution.tasks.compare import compare
@@ -54,6 +59,17 @@ def _run(command: str, args: list[str]) -> None:
         from involution.tasks.commands import run
 
         run(command, args, name)
+
+
+def _bench(args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from involution.analysis import bench
+
+    try:
+        auto_cli({"op": bench.op, "model": bench.model}, args=args, prog="involution bench", exit_on_error=False)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
 
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:
@@ -111,6 +127,7 @@ def _help() -> str:
             "  involution compare",
             "  involution fit --config digits --trainer.max_epochs 20 --model.lr 0.001",
             "  involution test --ckpt_path runs/digits/checkpoints/best.ckpt",
+            "  involution bench op --dtype bfloat16",
             "",
             "`involution COMMAND --help` lists every setting; `compare` takes those of `fit`.",
         ]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-_WARM_UP, _ROUNDS = 10, 100
+from involution.analysis import cost
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,12 @@ def measure(networks: Mapping[str, nn.Module], accuracies: Sequence[float], imag
     for network in networks.values():
         network.eval()
     with torch.inference_mode():
-        latencies = _latencies(list(networks.values()), image)
-        macs = [_macs(network, image) for network in networks.values()]
-    parameters = [sum(p.numel() for p in network.parameters()) for network in networks.values()]
-    return [Row(*values) for values in zip(networks, parameters, macs, latencies, accuracies, strict=True)]
+        runs = {name: partial(network, image) for name, network in networks.items()}
+        latencies = [median(times) for times in cost.interleaved(runs, device=image.device).values()]
+    return [
+        Row(name, cost.parameters(network), cost.macs(network, image), latency, accuracy)
+        for (name, network), latency, accuracy in zip(networks.items(), latencies, accuracies, strict=True)
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -82,27 +83,3 @@ def _column(path: Path, name: str) -> tuple[list[int], list[float]]:
     with path.open(newline="") as file:
         points = [(int(row["epoch"]) + 1, float(row[name])) for row in csv.DictReader(file) if row.get(name)]
     return [epoch for epoch, _ in points], [value for _, value in points]
-
-
-def _macs(network: nn.Module, image: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        network(image)
-    return counter.get_total_flops() // 2
-
-
-def _latencies(networks: Sequence[nn.Module], image: Tensor) -> list[float]:
-    """Median milliseconds of each; the networks take turns, so that whatever else the machine does hits all alike."""
-    times: list[list[float]] = [[] for _ in networks]
-    for _ in range(_WARM_UP + _ROUNDS):
-        for network, taken in zip(networks, times, strict=True):
-            _wait(image)
-            start = perf_counter()
-            network(image)
-            _wait(image)
-            taken.append(1e3 * (perf_counter() - start))
-    return [median(taken[_WARM_UP:]) for taken in times]
-
-
-def _wait(image: Tensor) -> None:
-    if image.is_cuda:
-        torch.cuda.synchronize(image.device)

@@ -1,0 +1,1 @@
+"""What involution costs, measured on this machine."""

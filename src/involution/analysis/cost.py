@@ -1,0 +1,69 @@
+"""What a computation costs here: multiply-adds, parameters, and time taken in turns with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import quantiles
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of parameters of `network`."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def macs(network: nn.Module, image: Tensor) -> int:
+    """Multiply-adds of `network` on `image`: of all convolutions, linear layers and involutions."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    return counter.get_total_flops() // 2
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int = 100,
+    warm_up: int = 10,
+    seconds: float = float("inf"),
+    device: torch.device | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every run in every round.
+
+    The runs take turns, so that whatever else the machine does hits all alike: compare them by ratios.
+
+    Args:
+        runs: what to time, by name.
+        rounds: times each is measured.
+        warm_up: rounds before those.
+        seconds: begin no further round after this time.
+        device: the accelerator to wait for, if the runs use one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = perf_counter()
+    for index in range(warm_up + rounds):
+        if perf_counter() - begin > seconds and index > warm_up:
+            break
+        for name, run in runs.items():
+            _wait(device)
+            start = perf_counter()
+            run()
+            _wait(device)
+            if index >= warm_up:
+                times[name].append(1e3 * (perf_counter() - start))
+    return times
+
+
+def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    if len(times) < 2:
+        return (times[0],) * 3
+    tenths = quantiles(times, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
