@@ -61,6 +61,8 @@ class Window:
 
 def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, ...]:
     """`value` as a tuple of `rank` ints, each at least `least`; errors name the argument `name`."""
+    if type(value) is int and value >= least:  # nearly always, on the way to every call of the operator
+        return (value,) * rank
     if isinstance(value, Sequence) and not isinstance(value, str):
         entries = tuple(value)
         if len(entries) != rank:
