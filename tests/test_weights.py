@@ -58,6 +58,25 @@ def test_a_model_without_classifier_takes_the_backbone() -> None:
     torch.testing.assert_close(model.stem.bn3.running_var, read(CLS)["backbone.stem.4.bn.running_var"])
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_neck_and_heads_of_detection_and_segmentation_are_left_out(tmp_path: Path, prefix: str) -> None:
+    backbone = {f"backbone.{key}": value for key, value in read(DET).items()}
+    around = ("neck.lateral_convs.0.conv.weight", "rpn_head.rpn_conv.weight", "roi_head.bbox_head.fc_cls.weight")
+    around += ("decode_head.conv_seg.weight", "auxiliary_head.conv_seg.weight", "mask_head.fc.weight")
+    state = backbone | dict.fromkeys(around, torch.ones(1))
+    state = {prefix + key: value for key, value in state.items()}
+    torch.save({"meta": {"epoch": 12}, "state_dict": state}, tmp_path / "detector.pth")
+    model = slim_rednet(num_classes=0, stem_kernel=7)
+    load_official(tmp_path / "detector.pth", model)
+    torch.testing.assert_close(model.stem.bn3.running_var, backbone["backbone.stem.4.bn.running_var"])
+
+
+def test_a_prefix_of_data_parallel_training_is_dropped(tmp_path: Path, model: RedNet) -> None:
+    torch.save({f"module.{key}": value for key, value in read(CLS).items()}, tmp_path / "parallel.pth")
+    load_official(tmp_path / "parallel.pth", model)
+    torch.testing.assert_close(model.fc.weight, read(CLS)["head.fc.weight"])
+
+
 def test_timm_loads_official_files_as_pretrained_weights() -> None:
     model = slim_rednet(num_classes=10, pretrained=True, pretrained_cfg_overlay={"file": str(CLS), "num_classes": 10})
     torch.testing.assert_close(model.fc.weight, read(CLS)["head.fc.weight"])

@@ -14,9 +14,11 @@ _SHOWN = 3
 
 
 def load_official(path: str | PathLike[str], model: RedNet) -> None:
-    """Load a checkpoint of the official classification, detection or segmentation code into `model`, every entry of it.
+    """Load a checkpoint of the official classification, detection or segmentation code into `model`.
 
-    A model without classifier (`num_classes=0`) takes the backbone and leaves the checkpoint's classifier alone.
+    Every entry of the backbone and the classifier is loaded; the necks and heads of detection and segmentation, which
+    a RedNet does not have, are left alone. A model without classifier (`num_classes=0`) leaves the checkpoint's
+    classifier alone too.
 
     Args:
         path: the file, as the official training wrote it.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -345,8 +346,11 @@ def test_exported_program_is_equal() -> None:
 def test_compiles_to_one_graph() -> None:
     x = torch.randn(1, 3, 33, 65)
     model = shallow(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(compiled(x.bfloat16()), model(x.bfloat16()))
 
 
 @pytest.mark.slow
@@ -404,6 +408,14 @@ def test_mirror_is_initialised_alike() -> None:
             ValueError,
             r"`stem_width` must be a multiple of 32 .* got 48\. Choose 64, or `stem` 'conv",
         ),
+        ({"num_classes": 2.5}, TypeError, r"`num_classes` must be an int; got 2\.5\."),
+        ({"num_classes": "10"}, TypeError, r"`num_classes` must be an int; got '10'\."),
+        ({"num_classes": -1}, ValueError, r"`num_classes` must be at least 0, where 0 leaves .* out; got -1\."),
+        ({"in_chans": "3"}, TypeError, r"`in_chans` must be an int; got '3'\."),
+        ({"in_chans": 0}, ValueError, r"`in_chans` must be at least 1; got 0\."),
+        ({"drop_rate": 2.0}, ValueError, r"`drop_rate` must be a number from 0 to 1; got 2\.0\."),
+        ({"drop_rate": "0.5"}, ValueError, r"`drop_rate` must be a number from 0 to 1; got '0\.5'\."),
+        ({"global_pool": "bad"}, ValueError, r"`global_pool` must be one of 'avg', .*, 'catavgmax', ''; got 'bad'\."),
         ({"stem_width": 0}, ValueError, r"`stem_width` must be at least 1; got 0\."),
         ({"base_width": 16.0}, TypeError, r"`base_width` must be an int; got 16\.0\."),
         ({"base_width": 24}, ValueError, r"`group_channels` must divide the channels; got group_channels 16 and 24 ch"),
@@ -423,6 +435,45 @@ def test_mirror_is_initialised_alike() -> None:
 def test_errors(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         slim(**kwargs)
+
+
+def test_sizes_may_be_of_numpy() -> None:
+    model = slim(num_classes=np.int64(10), base_width=np.int32(16), kernel_size=np.int64(3))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_reset_classifier_errors() -> None:
+    model = slim()
+    with pytest.raises(ValueError, match=r"`num_classes` must be at least 0, .*; got -1\."):
+        model.reset_classifier(-1)
+    with pytest.raises(ValueError, match=r"`global_pool` must be one of .*; got 'bad'\."):
+        model.reset_classifier(10, "bad")
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(3, 32, 32), ValueError, r"of shape \(B, 3, H, W\); got \(3, 32, 32\)\. Reshape them"),
+        (torch.zeros(1, 1, 32, 32), ValueError, r"of shape \(B, 3, H, W\); got \(1, 1, 32, 32\)\. .* `in_chans`\."),
+        (torch.zeros(1, 3, 32, 32).byte(), TypeError, r"dtype, torch\.float32; got torch\.uint8\. Convert and scale"),
+        (torch.zeros(1, 3, 32, 32).double(), TypeError, r"dtype, torch\.float32; got torch\.float64\. Convert one"),
+        (torch.zeros(1, 3, 32, 32).bfloat16(), TypeError, r"dtype, torch\.float32; got torch\.bfloat16\. Convert one"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), ValueError, r"device, cpu; got meta\. Move one of them\."),
+    ],
+)
+def test_images_that_do_not_fit(x: Tensor, error: type[Exception], message: str, features_only: bool) -> None:
+    with pytest.raises(error, match=rf"`x` must be .*{message}"):
+        slim(features_only=features_only)(x)
+
+
+def test_autocast_takes_images_of_every_dtype_it_converts() -> None:
+    model = slim().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+        assert model(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"dtype, torch\.float32; got torch\.float64\. Convert one of them\."):
+            model(torch.zeros(1, 3, 32, 32).double())
 
 
 def test_layers_error() -> None:

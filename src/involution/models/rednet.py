@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, create_classifier
@@ -20,6 +22,7 @@ from involution.nn import Involution2d
 _BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+_POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class Bottleneck(nn.Module):
@@ -59,7 +62,7 @@ class RedNet(nn.Module):
         num_classes: outputs of the classifier; 0 leaves it out.
         in_chans: channels of the image.
         global_pool: how timm pools the last feature map: "avg", "max", "avgmax", "catavgmax", or "" for not at all.
-        drop_rate: dropout before the classifier.
+        drop_rate: dropout before the classifier, from 0 to 1.
         output_stride: 32, or 16 or 8 for dense prediction: the last stages then dilate instead of striding.
         stem: "involution", the published net, or "convolution", ResNet's 7x7 convolution of stride 2.
         stem_kernel: kernel size of the stem's involution: 3 in the official classification code, 7 in its detection
@@ -77,7 +80,7 @@ class RedNet(nn.Module):
     Shapes: (B, in_chans, H, W) -> (B, num_classes). H and W may be odd.
 
     Raises:
-        TypeError, ValueError: if an argument does not fit; the message names it.
+        TypeError, ValueError: if an argument or the images do not fit; the message names what.
 
     Example:
         >>> import timm, torch
@@ -110,7 +113,16 @@ class RedNet(nn.Module):
         zero_init_last: bool = True,
     ) -> None:
         super().__init__()
-        _check_sizes(kernel_size=kernel_size, stem_kernel=stem_kernel, base_width=base_width, stem_width=stem_width)
+        _check_sizes(
+            in_chans=in_chans,
+            kernel_size=kernel_size,
+            stem_kernel=stem_kernel,
+            base_width=base_width,
+            stem_width=stem_width,
+        )
+        _check_head(num_classes, global_pool)
+        if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
+            raise ValueError(f"`drop_rate` must be a number from 0 to 1; got {drop_rate!r}.")
         if len(layers) != len(_STAGES):
             raise ValueError(f"`layers` must have one entry for each of the {len(_STAGES)} stages; got {layers}.")
         if stem not in ("involution", "convolution"):
@@ -122,7 +134,6 @@ class RedNet(nn.Module):
             )
         if output_stride not in (8, 16, 32):
             raise ValueError(f"`output_stride` must be 8, 16 or 32; got {output_stride!r}.")
-        self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
@@ -130,6 +141,7 @@ class RedNet(nn.Module):
             self.stem = _involution_stem(in_chans, stem_width, stem_kernel)
         else:
             self.stem = _convolution_stem(in_chans, stem_width)
+        self.stem.get_submodule("conv1").register_forward_pre_hook(_check_images)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.feature_info: list[dict[str, Any]] = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
 
@@ -168,8 +180,13 @@ class RedNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier for `num_classes` in place, and another pooling if `global_pool` names one."""
+        """Put a fresh classifier for `num_classes` in place, and another pooling if `global_pool` names one.
+
+        Raises:
+            TypeError, ValueError: if an argument does not fit.
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
+        _check_head(num_classes, pool)
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -271,12 +288,45 @@ def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kw
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if not isinstance(value, int):
-            raise TypeError(f"`{name}` must be an int; got {value!r}.")
+        _check_int(name, value)
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
         if name in ("kernel_size", "stem_kernel") and value % 2 == 0:
             raise ValueError(f"`{name}` must be odd, so that the involution keeps the size; got {value}.")
+
+
+def _check_head(num_classes: int, global_pool: str) -> None:
+    _check_int("num_classes", num_classes)
+    if num_classes < 0:
+        raise ValueError(f"`num_classes` must be at least 0, where 0 leaves the classifier out; got {num_classes}.")
+    if global_pool not in _POOLS:
+        raise ValueError(f"`global_pool` must be one of {', '.join(map(repr, _POOLS))}; got {global_pool!r}.")
+
+
+def _check_int(name: str, value: int) -> None:
+    try:
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int; got {value!r}.") from None
+
+
+def _check_images(conv: nn.Conv2d, args: tuple[Tensor]) -> None:
+    """Refuse images that the first convolution would refuse in its own words, or take for something else."""
+    (x,), weight = args, conv.weight
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise ValueError(
+            f"`x` must be images of shape (B, {conv.in_channels}, H, W); got {tuple(x.shape)}. Reshape them, or build "
+            "the network with other `in_chans`."
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"`x` must be of the network's dtype, {weight.dtype}; got {x.dtype}. Convert and scale it.")
+    if x.device != weight.device:
+        raise ValueError(f"`x` must be on the network's device, {weight.device}; got {x.device}. Move one of them.")
+    # autocast converts all but float64
+    if x.dtype != weight.dtype and not (
+        torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    ):
+        raise TypeError(f"`x` must be of the network's dtype, {weight.dtype}; got {x.dtype}. Convert one of them.")
 
 
 def _involution_stem(in_chans: int, width: int, kernel_size: int) -> nn.Sequential:
@@ -328,7 +378,13 @@ OFFICIAL_NAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """An official state dict, of the classification or the detection code, under our names; ours stays as it is."""
+    """The backbone and classifier of an official state dict under our names; one of ours stays as it is.
+
+    What detection and segmentation put around the backbone, such as `neck.*` and `decode_head.*`, is left out.
+    """
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    if any(key.startswith("backbone.") for key in state_dict):
+        state_dict = {key: value for key, value in state_dict.items() if key.startswith(("backbone.", "head.fc."))}
     renamed = {}
     for key, value in state_dict.items():
         key = key.removeprefix("backbone.").removeprefix("head.")
