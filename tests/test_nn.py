@@ -331,6 +331,32 @@ _MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "`x` has spatial size (5, 2), too small for a window that spans (3, 3) with padding (0, 0). "
         "Use a smaller `kernel_size` or `dilation`, or more `padding`.",
     ),
+    "act is a module": (
+        lambda: Involution2d(32, 3, act=nn.Identity()),
+        TypeError,
+        "`act` must be what makes a module, such as nn.ReLU, not a module; got Identity().",
+    ),
+    "norm is a name": (
+        lambda: Involution2d(32, 3, norm="bn"),
+        TypeError,
+        "`norm` must be what makes a module, such as nn.BatchNorm2d, not a module; got 'bn'.",
+    ),
+    "generator is a number": (
+        lambda: Involution2d(32, 3, generator=3),
+        TypeError,
+        "`generator` must be callable, from x to the kernel; got 3.",
+    ),
+    "x has another dtype": (
+        lambda: _layer(torch.zeros(1, 32, 5, 5, dtype=torch.float64)),
+        TypeError,
+        "`x` and the layer must share a dtype; got torch.float64 and torch.float32. "
+        "Convert one with `.to()`, or work under torch.autocast.",
+    ),
+    "x is on another device": (
+        lambda: _layer(torch.zeros(1, 32, 5, 5, device="meta")),
+        ValueError,
+        "`x` and the layer must share a device; got meta and cpu.",
+    ),
     "the generator returns no tensor": (
         lambda: Involution2d(32, 3, generator=lambda x: None)(torch.zeros(1, 32, 5, 5)),
         TypeError,
@@ -343,6 +369,17 @@ _MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "stride (2, 2), padding (1, 1) and dilation (1, 1); got (6, 6). Was it generated at the input resolution?",
     ),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("face", [Involution1d, Involution2d, Involution3d])
+def test_every_rank_and_dtype_with_stride(face: type[nn.Module], dtype: torch.dtype) -> None:
+    layer = face(32, 3, 2).to(dtype).eval()
+    x = torch.randn(2, 32, *(7, 4, 3)[: face.rank], dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    exact = layer.double()(x.double()).detach()
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize(("call", "error", "text"), _MISTAKES.values(), ids=_MISTAKES)

@@ -9,7 +9,7 @@ from operator import index
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.ops.functional import involution
+from involution.ops.functional import autocast_enabled, involution
 from involution.ops.window import IntOrInts, Window, per_axis
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -60,11 +60,14 @@ class BottleneckGenerator(nn.Module):
             raise ValueError(
                 f"`reduction` must divide the channels; got reduction {reduction} and {channels} channels."
             )
+        for name, value, gives in (("norm", norm, "nn.BatchNorm2d"), ("act", act, "nn.ReLU")):
+            if isinstance(value, nn.Module) or not (callable(value) or (value is None and name == "norm")):
+                raise TypeError(f"`{name}` must be what makes a module, such as {gives}, not a module; got {value!r}.")
         conv, hidden = _CONV[rank - 1], channels // reduction
         self.shape = (groups, *kernel_size)
         self.stride = stride
         self.reduce = conv(channels, hidden, 1, bias=False)
-        self.norm = (norm or _NORM[rank - 1])(hidden)
+        self.norm = (_NORM[rank - 1] if norm is None else norm)(hidden)
         self.act = act()
         self.span = conv(hidden, groups * prod(kernel_size), 1)
 
@@ -77,6 +80,8 @@ class BottleneckGenerator(nn.Module):
         if max(self.stride) == 1:
             return x
         window = tuple(map(min, self.stride, x.shape[2:]))  # torch refuses a 3-D window larger than x
+        if len(window) == 3 and x.dtype.itemsize == 2:  # and has no 3-D pool for half types on a CPU
+            return self._pool(x.float()).to(x.dtype)
         # Nothing is padded, so `count_include_pad` changes no value; without it the compiled backward pass divides
         # overhanging windows by the wrong count (pytorch issue 198119).
         return _POOL[len(window) - 1](x, window, self.stride, ceil_mode=True, count_include_pad=False)
@@ -119,6 +124,8 @@ class _Involution(nn.Module):
             generator = BottleneckGenerator(
                 channels, self.groups, self.window.kernel_size, self.window.stride, reduction, norm, act
             )
+        if not callable(generator):
+            raise TypeError(f"`generator` must be callable, from x to the kernel; got {generator!r}.")
         self.generator = generator
         width = channels if out_channels is None else _whole("out_channels", out_channels)
         self.project = nn.Identity() if width == channels else _CONV[self.rank - 1](channels, width, 1)
@@ -130,6 +137,14 @@ class _Involution(nn.Module):
             raise ValueError(
                 f"`x` must have shape (B, {self.channels}, {self.rank} spatial sizes) for {type(self).__name__} with "
                 f"{self.channels} channels; got {tuple(x.shape)}."
+            )
+        weight = next(self.parameters(), None)
+        if weight is not None and x.device != weight.device:
+            raise ValueError(f"`x` and the layer must share a device; got {x.device} and {weight.device}.")
+        if weight is not None and x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+            raise TypeError(
+                f"`x` and the layer must share a dtype; got {x.dtype} and {weight.dtype}. "
+                "Convert one with `.to()`, or work under torch.autocast."
             )
         self.window.output_size(x.shape[2:])  # a window too large for x is said before the generator runs
         kernel = self.generator(self._centres(x))

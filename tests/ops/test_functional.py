@@ -142,7 +142,17 @@ _MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: involution(_X.half(), _KERNEL, padding=1),
         TypeError,
         "`x` and `kernel` must share a dtype; got torch.float16 and torch.float32. "
-        "Convert one of them, or work under torch.autocast.",
+        "Convert one of them; torch.autocast does so for all but float64.",
+    ),
+    "sparse x": (
+        lambda: involution(_X.to_sparse(), _KERNEL, padding=1),
+        TypeError,
+        "`x` must be a dense tensor; got layout torch.sparse_coo. Use `to_dense()`.",
+    ),
+    "stride beyond all tensors": (
+        lambda: involution(_X, _KERNEL, stride=2**63),
+        ValueError,
+        f"`stride` must be at most {2**31 - 1} on every axis; got {2**63}.",
     ),
     "integer x": (
         lambda: involution(_X.int(), _KERNEL.int(), padding=1),

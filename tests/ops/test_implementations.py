@@ -44,8 +44,8 @@ def test_every_variant_of_the_library(
     if variant not in capable or library is None:
         pytest.skip(f"no library for {variant}, or no processor: this one has {_CAPABILITY}")
     monkeypatch.setattr(cpu, "_library", library)
-    for case in CASES:
-        problem(case, dtype).check(run_served, LAYOUTS[layout])
+    for each in CASES:
+        problem(each, dtype).check(run_served, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from involution import Involution2d, involution
+from involution import Involution2d, implementations, involution
 
 from ..cases import LAYOUTS, OPS, Case, arguments, case, run_served
 
@@ -57,6 +57,39 @@ def test_first_and_second_derivatives(case: Case, op: str) -> None:
 
     assert torch.autograd.gradcheck(run, (first, second))
     assert torch.autograd.gradgradcheck(run, (first, second))
+
+
+# torch scripts its own forward-mode formulas, with its own deprecated compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@_each_rank
+def test_forward_mode_derivatives(case: Case) -> None:
+    x, kernel, *window = _arguments("forward", case)
+
+    def run(x: Tensor, kernel: Tensor) -> Tensor:
+        return involution(x, kernel, *window)
+
+    assert torch.autograd.gradcheck(run, (x, kernel), check_forward_ad=True, check_backward_ad=False)
+    tangents = torch.randn_like(x), torch.randn_like(kernel)
+    _, tangent = torch.func.jvp(run, (x, kernel), tangents)
+    torch.testing.assert_close(tangent, run(tangents[0], kernel) + run(x, tangents[1]))
+    _, tangent = torch.func.jvp(lambda x: run(x, kernel), (x,), tangents[:1])
+    torch.testing.assert_close(tangent, run(tangents[0], kernel))
+
+
+def test_a_frozen_input_keeps_nothing_alive_but_the_other() -> None:
+    saved: list[Tensor] = []
+    x, kernel = torch.randn(1, 4, 5, 5), torch.randn(1, 2, 3, 3, 5, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        involution(x, kernel, padding=1)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+def test_no_memory_for_an_absurd_window() -> None:
+    if implementations()["cpu"].startswith("reference"):
+        pytest.skip("the reference asks torch for the memory")
+    stride = 2**30 - 1
+    with pytest.raises(MemoryError, match=r"no memory for the scratch .* stride \(1073741823, 1073741823\)"):
+        involution(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 2, 2), stride=stride, padding=2**29)
 
 
 def test_adjoint_identity_on_random_windows() -> None:
@@ -275,6 +308,10 @@ def test_export_round_trip() -> None:
 _COUNT = """
 from torch.utils.flop_counter import FlopCounterMode
 """
+_SEARCH = """
+import importlib.util
+importlib.util.find_spec("torch.utils.flop_counter")
+"""
 _RUN = """
 import torch
 from involution import involution
@@ -289,7 +326,14 @@ print({str(op): count for op, count in counts.items()})
 """
 
 
-@pytest.mark.parametrize("script", [_COUNT + _RUN, _RUN + _COUNT], ids=["counter first", "involution first"])
+_ORDERS = {
+    "counter first": _COUNT + _RUN,
+    "involution first": _RUN + _COUNT,
+    "counter looked for, then imported": _RUN + _SEARCH + _COUNT,
+}
+
+
+@pytest.mark.parametrize("script", _ORDERS.values(), ids=_ORDERS)
 def test_flop_counter_knows_the_ops(script: str) -> None:
     """Two FLOPs for every channel, tap and output, whichever is imported first."""
     done = subprocess.run(

@@ -37,6 +37,8 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   void *x, *kernel_data, *y;
 };
 
+static_assert(sizeof(Problem) == 43 * 8, "cpu.py packs 43 words");
+
 enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 // ---------------------------------------------------------------------------------------------- element types
@@ -135,6 +137,19 @@ inline void store(Real* to, V value) {
 
 inline Index ceil_div(Index a, Index b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 inline Index floor_div(Index a, Index b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+constexpr Index TOO_MUCH = Index(1) << 56;  // more elements than any memory has
+
+// A product of sizes; TOO_MUCH where it is more than that, so that it stays so in further products.
+template <class... More>
+inline Index times(Index a, More... more) {
+  Index product = a;
+  const auto multiply = [&](Index b) {
+    if (__builtin_mul_overflow(product, b, &product) || product > TOO_MUCH) product = b == 0 ? 0 : TOO_MUCH;
+  };
+  (multiply(more), ...);
+  return product;
+}
+
 inline Index least(Index a, Index b) { return a < b ? a : b; }
 inline Index most(Index a, Index b) { return a > b ? a : b; }
 
@@ -160,7 +175,13 @@ inline void copy_lanes(To* to, const From* from) {
 // One half of the elements of `a` and `b`, in turn.
 template <int N, bool UPPER, class V, int... I>
 inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, (I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...);
+#else
+  using Lane = std::conditional_t<sizeof(V) / N == 4, std::int32_t, std::int64_t>;
+  typedef Lane Mask __attribute__((vector_size(sizeof(Lane) * N)));
+  return __builtin_shuffle(a, b, Mask{(I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...});
+#endif
 }
 
 // to[j * to_step + i] = from[i * from_step + j], in blocks of N x N; the last block of a row or column overlaps the one before.
@@ -471,10 +492,10 @@ class Arena {
   template <class T>
   T* take(Index count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * Index(sizeof(T)) + 127) & ~Index(63);  // 64 bytes apart: whole vectors may overhang the end
+    used_ = count >= TOO_MUCH / 8 ? TOO_MUCH : used_ + ((count * Index(sizeof(T)) + 63) & ~Index(63));
     return piece;
   }
-  Index used() const { return used_; }
+  Index used() const { return least(used_, TOO_MUCH); }
 
  private:
   char* base_;
@@ -512,6 +533,7 @@ int run_tasks(const Problem& p, const Index* size) {
   Arena measure(nullptr);
   op.scratch(measure);
   const Index bytes = (measure.used() + 4095) & ~Index(4095);
+  if (bytes >= TOO_MUCH) return 1;
   static thread_local Kept kept;
   char* memory = kept.at_least(bytes * threads);
   if (memory == nullptr) return 1;
@@ -559,9 +581,9 @@ struct ByChannel {
         x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
         y_columns(outputs),
-        x_row(x_columns * LANES),
-        x_depth(x_rows * x_row),
-        x_chunk(x_depths * x_depth),
+        x_row(times(x_columns, LANES)),
+        x_depth(times(x_row, x_rows)),
+        x_chunk(times(x_depth, x_depths)),
         x_groups(groups),
         y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % LANES == 0),
         copies_taps(!taps_in_place<Real, Element>(p)),
@@ -587,8 +609,9 @@ struct ByChannel {
   };
   Scratch scratch(Arena& arena) const {
     const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-    return {arena.take<Real>(x_groups * chunks * x_chunk), arena.take<Real>(y_in_place ? 0 : chunks * y_columns * LANES),
-            arena.take<Real>(copies_taps ? y_columns * taps : 0)};
+    return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
+            arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, LANES)),
+            arena.take<Real>(copies_taps ? times(y_columns, taps) : 0)};
   }
 
   // Calls body(first group, channels) for runs of channels that fill whole vectors: all groups at once, or each alone.
@@ -736,7 +759,7 @@ struct GradKernel {
         x_rows((ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
         x_columns((columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
         x_phase(ceil_div(x_columns, p.stride[2])),
-        x_channel(x_phase * p.stride[2]),
+        x_channel(times(x_phase, p.stride[2])),
         taps_of_line_(choose(p)) {}
 
   static auto choose(const Problem& p) -> void (GradKernel::*)(const Scratch&, const Real*, Real*) const {
@@ -752,8 +775,8 @@ struct GradKernel {
   }
 
   Scratch scratch(Arena& arena) const {
-    return {arena.take<Real>(p.kernel[0] * x_rows * p.channels * x_channel), arena.take<Real>(p.channels * columns),
-            arena.take<Real>(p.kernel[0] * p.kernel[1] * p.kernel[2] * columns), arena.take<Index>(p.kernel[2])};
+    return {arena.take<Real>(times(x_channel, x_rows, p.kernel[0], p.channels)), arena.take<Real>(times(p.channels, columns)),
+            arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], columns)), arena.take<Index>(p.kernel[2])};
   }
 
   // Columns from `first` on of `channels` rows, zero outside the image, to [channel][phase][column / stride].
@@ -873,7 +896,7 @@ int run_dtype(const Problem& p, Index lanes, const Index* size) {
     case BFLOAT16: return run_lanes<Op, float, BFloat16>(p, lanes, size);
     case FLOAT16: return run_lanes<Op, float, Float16>(p, lanes, size);
   }
-  return 2;
+  return 1;
 }
 
 }  // namespace
@@ -881,7 +904,7 @@ int run_dtype(const Problem& p, Index lanes, const Index* size) {
 extern "C" {
 #pragma GCC visibility push(default)
 
-// Each fills one of its tensors from the other two: y, x and kernel_data in turn. 0: done; 1: no memory; 2: no such dtype.
+// Each fills one of its tensors from the other two: y, x and kernel_data in turn. 0: done; 1: no memory for the scratch.
 int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->channels, p->output); }
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
 int involution_grad_kernel(const Problem* p) { return run_dtype<GradKernel>(*p, p->output[2], p->output); }

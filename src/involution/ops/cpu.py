@@ -24,11 +24,7 @@ def available() -> bool:
 
 def description() -> str:
     """What serves CPU tensors, in a few words."""
-    return (
-        f"C++, {_variant}"
-        if available()
-        else "reference (the compiled library is missing: install the package to build it)"
-    )
+    return _description
 
 
 def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
@@ -64,14 +60,22 @@ def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, stride: Ints, padding
         *(x.data_ptr(), kernel.data_ptr(), y.data_ptr()),
     )
     if getattr(_library, name)(problem):
-        raise MemoryError(f"no memory for the scratch of {name} on `x` of shape {tuple(x.shape)}.")
+        raise MemoryError(
+            f"no memory for the scratch of {name} on `x` of shape {tuple(x.shape)} with kernel size "
+            f"{tuple(sizes[:rank])}, stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}."
+        )
 
 
 def _load(variant: str | None = None) -> tuple[ctypes.CDLL | None, str]:
-    """The library compiled for `variant`, by default the best this processor runs, and the variant's name."""
+    """The library compiled for `variant`, by default the best this processor runs, and what to say of it."""
     variant = variant or _SUFFIXES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     path = Path(__file__).with_name(f"libinvolution-{variant}.so")
-    return (ctypes.CDLL(str(path)) if path.exists() else None), variant
+    if not path.exists():
+        return None, "reference (the compiled library is missing: install the package to build it)"
+    try:
+        return ctypes.CDLL(str(path)), f"C++, {variant}"
+    except OSError as error:  # built for another machine, or without its OpenMP runtime
+        return None, f"reference (the compiled library does not load: {error})"
 
 
-_library, _variant = _load()
+_library, _description = _load()

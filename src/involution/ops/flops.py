@@ -34,17 +34,21 @@ def register_when_counted() -> None:
 class _OnImport(MetaPathFinder):
     """Lets the counter be found as usual and registers the formulas right after it has run."""
 
+    _searching = False
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
+        if name != _COUNTER or self._searching:
             return None
-        sys.meta_path.remove(self)
+        self._searching = True  # so that the search below passes us by
         spec = importlib.util.find_spec(name)
+        self._searching = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)
             sys.modules.setdefault(name, module)
             _register()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from involution.ops import library
 from involution.ops.window import IntOrInts, Window
@@ -49,23 +50,36 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021.
     """
     _check_tensors(x, kernel)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x, kernel = _autocast(x, device), _autocast(kernel, device)
+    if autocast_enabled(x.device.type):
+        x, kernel = _autocast(x), _autocast(kernel)
     if x.dtype != kernel.dtype:
         raise TypeError(
             f"`x` and `kernel` must share a dtype; got {x.dtype} and {kernel.dtype}. "
-            "Convert one of them, or work under torch.autocast."
+            "Convert one of them; torch.autocast does so for all but float64."
         )
     window = Window.normalise(x.dim() - 2, kernel.shape[2 : x.dim()], stride, padding, dilation)
     _check_sizes(x, kernel, window)
+    if forward_ad._current_level >= 0:
+        return _with_tangent(x, kernel, window)
     return library.forward(x, kernel, window.stride, window.padding, window.dilation)
+
+
+def _with_tangent(x: Tensor, kernel: Tensor, window: Window) -> Tensor:
+    """The involution of dual tensors of forward-mode differentiation, by the product rule."""
+    settings = (window.stride, window.padding, window.dilation)
+    (x, dx), (kernel, dkernel) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(kernel)
+    y = library.forward(x, kernel, *settings)
+    tangents = [library.forward(dx, kernel, *settings)] if dx is not None else []
+    tangents += [library.forward(x, dkernel, *settings)] if dkernel is not None else []
+    return forward_ad.make_dual(y, torch.stack(tangents).sum(0)) if tangents else y
 
 
 def _check_tensors(x: Tensor, kernel: Tensor) -> None:
     for name, value in (("x", x), ("kernel", kernel)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
+        if value.layout is not torch.strided or value.is_nested:
+            raise TypeError(f"`{name}` must be a dense tensor; got layout {value.layout}. Use `to_dense()`.")
         if value.dtype not in _DTYPES:
             served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise TypeError(f"`{name}` must have one of the dtypes {served}; got {value.dtype}.")
@@ -83,8 +97,13 @@ def _check_tensors(x: Tensor, kernel: Tensor) -> None:
         raise ValueError(f"`x` and `kernel` must share a device; got {x.device} and {kernel.device}.")
 
 
-def _autocast(x: Tensor, device: str) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+def autocast_enabled(device: str) -> bool:
+    """Whether tensors on this type of device are cast by `torch.autocast` now; never on one that it does not know."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_sizes(x: Tensor, kernel: Tensor, window: Window) -> None:

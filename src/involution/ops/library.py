@@ -110,15 +110,16 @@ if cpu.available():
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, kernel, *ctx.window = inputs
-    ctx.save_for_backward(x, kernel)
+    ctx.size, ctx.groups, ctx.kernel_size = x.shape[2:], kernel.shape[1], kernel.shape[2 : x.dim()]
+    wants_x, wants_kernel = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if wants_kernel else None, kernel if wants_x else None)  # each for the other's gradient
 
 
 def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x, kernel), (wants_x, wants_kernel) = ctx.saved_tensors, ctx.needs_input_grad[:2]
-    groups, kernel_size = kernel.shape[1], kernel.shape[2 : x.dim()]
     return (
-        grad_x(grad, kernel, x.shape[2:], *ctx.window) if wants_x else None,
-        grad_kernel(grad, x, groups, kernel_size, *ctx.window) if wants_kernel else None,
+        grad_x(grad, kernel, ctx.size, *ctx.window) if wants_x else None,
+        grad_kernel(grad, x, ctx.groups, ctx.kernel_size, *ctx.window) if wants_kernel else None,
         *(None,) * 3,
     )
 

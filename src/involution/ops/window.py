@@ -8,6 +8,8 @@ from operator import index
 
 IntOrInts = int | Sequence[int]
 
+_MOST = 2**31 - 1  # beyond any tensor that fits into memory; keeps all arithmetic on sizes within 64 bits
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -61,7 +63,7 @@ class Window:
 
 def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, ...]:
     """`value` as a tuple of `rank` ints, each at least `least`; errors name the argument `name`."""
-    if type(value) is int and value >= least:  # nearly always, on the way to every call of the operator
+    if type(value) is int and least <= value <= _MOST:  # nearly always, on the way to every call of the operator
         return (value,) * rank
     if isinstance(value, Sequence) and not isinstance(value, str):
         entries = tuple(value)
@@ -75,4 +77,6 @@ def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, .
         raise TypeError(f"`{name}` must be an int or one int per spatial axis, {rank} here; got {value!r}.") from None
     if any(entry < least for entry in entries):
         raise ValueError(f"`{name}` must be at least {least} on every axis; got {value}.")
+    if any(entry > _MOST for entry in entries):
+        raise ValueError(f"`{name}` must be at most {_MOST} on every axis; got {value}.")
     return entries
