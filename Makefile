@@ -20,7 +20,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/.compiled: pyproject.toml CMakeLists.txt src/involution/csrc/involution.cpp | $(BIN)/python
-	$(BIN)/python -m pip install --no-compile --no-deps -e .
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --no-compile --no-deps -e .
 	@touch $@
 
 train: setup ## Train a small RedNet and its mirrored ResNet on handwritten digits and compare them
