@@ -1,4 +1,6 @@
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,12 +70,45 @@ def test_the_help_of_a_command_explains_its_settings(capsys):
         (["fit", "--model.lr", "fast"], '"model.lr": Expected'),
         (["fit", "--data.size", "4"], "`size` must be at least 8; got 4."),
         (["compare", "--model.arch", "resnet50"], "`compare` needs a RedNet as `model.arch`, such as rednet26"),
-        (["test", "--ckpt_path", "nowhere.ckpt"], "Checkpoint file not found: nowhere.ckpt"),
+        (["test", "--ckpt_path", "nowhere.ckpt"], "`ckpt_path` must be the path of a checkpoint; there is no file now"),
+        (["test"], "give --ckpt_path, the checkpoint to test, such as runs/digits/checkpoints/best.ckpt."),
+        (["validate"], "give --ckpt_path, the checkpoint to validate, such as"),
+        (["predict"], "give --ckpt_path, the checkpoint to predict, such as"),
+        (["fit", "--model.options.in_chans", "3"], "`model.options.in_chans` must be 1, as in the data; got 3."),
+        (["fit", "--model.options.num_classes", "5"], "`model.options.num_classes` must be 10, as in the data; got 5."),
+        (["fit", "--model.options.base_widht", "16"], "'base_widht'; did you mean 'base_width'?"),
+        (["compare", "--trainer.logger", "false"], "leave out `trainer.logger`."),
+        (["compare", "--trainer.fast_dev_run", "true"], "`trainer.fast_dev_run` does not write; leave it out."),
     ],
 )
 def test_a_mistake_is_told_in_one_line(args, told, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert told in mistake(capsys, *args)
+
+
+def test_missing_packages_are_named_with_the_repair(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "involution.tasks.commands")
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    assert "training needs more packages: pip install 'involution[train]'" in mistake(capsys, "fit")
+
+
+def test_the_networks_name_the_package_they_miss(monkeypatch):
+    for name in ("involution.models", "involution.models.rednet"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm.data", None)
+    with pytest.raises(ModuleNotFoundError, match=r"the networks need timm: pip install 'involution\[models\]'"):
+        importlib.import_module("involution.models")
+
+
+def test_an_error_inside_a_run_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Classification, "training_step", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["fit", *TINY])
 
 
 def test_a_wrong_key_in_a_file_is_named(capsys, tmp_path):
@@ -121,7 +156,12 @@ def test_a_checkpoint_opens_in_python(at_home):
 def test_the_checkpoint_of_another_network_is_refused(at_home, capsys):
     checkpoint = "runs/digits/mirror/checkpoints/last.ckpt"
     line = mistake(capsys, "test", "--config", "digits", "--ckpt_path", checkpoint)
-    assert re.search(r"another network than rednet26 .* \d+ keys missing \(.*\), \d+ keys too many \(.*\)", line)
+    assert re.search(r"another network than rednet26 .* \d+ of \d+ entries missing \(.*\); \d+ unknown \(.*\)", line)
+
+
+def test_a_comparison_starts_from_no_checkpoint(at_home, capsys):
+    line = mistake(capsys, "compare", "--ckpt_path", "runs/digits/checkpoints/last.ckpt")
+    assert "fits both networks from the start; leave out `ckpt_path`" in line
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(capsys, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from involution.tasks.names import unknown
 
 _DEFAULT_RECIPE = "digits"
+_EXTRAS = {"jsonargparse", "lightning", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
     "fit": "train a network by a recipe",
@@ -29,36 +30,48 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 after a mistake of the user, which is told in one line on stderr.
+
+    Errors inside a run that has begun are not the user's, and keep their traceback.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0
     try:
-        _run(args[0], args[1:])
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev -m involution.cli ... shows where it came from
+        if args[0] == "bench":
+            _bench(args[1:])
+            return 0
+        run = _prepare(args[0], args[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
-        print(f"involution: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(
+            f"{'benchmarking' if args[0] == 'bench' else 'training'} needs more packages: "
+            "pip install 'involution[train]'"
+        )
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        return _refuse(str(error))
+    run()
     return 0
 
 
-def _run(command: str, args: list[str]) -> None:
+def _refuse(message: str) -> int:
+    print(f"involution: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _prepare(command: str, args: list[str]) -> Callable[[], None]:
+    """What is left to run once `args` are parsed, and all they ask for is built and loaded."""
     if command not in _COMMANDS:
         raise ValueError(unknown("command", command, _COMMANDS))
-    if command == "bench":
-        _bench(args)
-        return
     args, name = _with_recipe(args)
     if command == "compare":
-        from involution.tasks.compare import compare
+        from involution.tasks.compare import Comparison
 
-        compare(args, name)
-    else:
-        from involution.tasks.commands import run
+        return Comparison(args, name).run
+    from involution.tasks.commands import Command
 
-        run(command, args, name)
+    return Command(command, args, name).run
 
 
 def _bench(args: list[str]) -> None:

@@ -42,6 +42,9 @@ class Digits(LightningDataModule):
         (torch.Size([100, 1, 32, 32]), torch.Size([100]))
     """
 
+    in_chans = 1
+    num_classes = 10
+
     def __init__(self, size: int = 32, batch_size: int = 64, max_shift: float = 0.5, max_turn: float = 10.0) -> None:
         super().__init__()
         for name, value, least in (

@@ -1,5 +1,10 @@
 """Networks made of involutions. Importing this package registers the RedNets with timm."""
 
-from involution.models.rednet import RedNet, mirrored_resnet
+try:
+    from involution.models.rednet import RedNet, mirrored_resnet
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "timm":
+        raise
+    raise ModuleNotFoundError("the networks need timm: pip install 'involution[models]'", name="timm") from error
 
 __all__ = ["RedNet", "mirrored_resnet"]

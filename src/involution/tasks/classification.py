@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from involution.models import mirrored_resnet
+from involution.models import RedNet, mirrored_resnet
 from involution.tasks.names import unknown
+from involution.weights import mismatch
 
 # What a RedNet understands and its mirror, which has no involutions, does not.
 _INVOLUTION_OPTIONS = {"stem", "stem_kernel", "kernel_size", "groups", "group_channels", "reduction"}
+_PRETRAINED = {"pretrained", "pretrained_cfg_overlay", "checkpoint_path"}
+_REDNET_OPTIONS = inspect.signature(RedNet).parameters.keys() - {"layers"} | _PRETRAINED
 
 
 class Classification(LightningModule):
@@ -44,7 +48,7 @@ class Classification(LightningModule):
     Shapes: forward maps images (B, in_chans, H, W) to logits (B, num_classes); predicting gives classes, (B,).
 
     Raises:
-        ValueError: if a setting is out of range or timm does not know the network.
+        ValueError: if a setting is out of range, or the network or one of its options is unknown.
     """
 
     def __init__(
@@ -67,7 +71,8 @@ class Classification(LightningModule):
         self.net: Any = _build(arch, options or {}, mirror)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
-        classes = self.net.num_classes
+        self.in_chans = (options or {}).get("in_chans", 3)  # timm's default for every network
+        self.num_classes = classes = self.net.num_classes
         self.accuracies = nn.ModuleDict(
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in _STAGES}
         )
@@ -138,15 +143,11 @@ class Classification(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another network, before torch does in many lines."""
-        given, own = checkpoint["state_dict"], self.state_dict()
-        missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        shapes = sorted(key for key in own.keys() & given.keys() if own[key].shape != given[key].shape)
-        if missing or extra or shapes:
-            differences = ((missing, "missing"), (extra, "too many"), (shapes, "of another shape"))
+        problem = mismatch(self.state_dict(), checkpoint["state_dict"])
+        if problem:
             raise ValueError(
                 f"the checkpoint belongs to another network than {self.name} with options {self.hparams['options']}: "
-                + ", ".join(f"{len(keys)} keys {fault} ({_few(keys)})" for keys, fault in differences if keys)
-                + ". Give the `config.yaml` of the run it came from."
+                f"{problem}. Give the `config.yaml` of the run it came from."
             )
 
 
@@ -156,13 +157,12 @@ _STAGES = ("train", "validation", "test")
 def _build(arch: str, options: dict[str, Any], mirror: bool) -> Any:
     if not timm.is_model(arch):
         raise ValueError(unknown("network", arch, timm.list_models()))
+    for name in options if arch.startswith("rednet") else ():
+        if name not in _REDNET_OPTIONS:
+            raise ValueError(unknown(f"option of {arch}", name, _REDNET_OPTIONS))
     if not mirror:
         return timm.create_model(arch, **options)
     if not arch.startswith("rednet"):
         raise ValueError(f"only a RedNet has a `mirror`; got `arch` {arch!r}.")
     shared = {key: value for key, value in options.items() if key not in _INVOLUTION_OPTIONS}
     return mirrored_resnet(int(arch.removeprefix("rednet")), **shared)
-
-
-def _few(keys: list[str], most: int = 3) -> str:
-    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")

@@ -23,7 +23,7 @@ from involution.tasks.progress import Progress
 
 
 class Command(LightningCLI):
-    """One of Lightning's commands, run on construction; a fit keeps its files in a folder of its own.
+    """One of Lightning's commands, ready to `run`; a fit keeps its files in a folder of its own.
 
     Args:
         command: fit, validate, test or predict.
@@ -37,6 +37,7 @@ class Command(LightningCLI):
     def __init__(self, command: str, args: Sequence[str], name: str) -> None:
         _calm()
         self._command, self._name = command, name
+        self._checkpoint: dict[str, Any] | None = None
         try:
             super().__init__(
                 Classification,
@@ -83,14 +84,47 @@ class Command(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint here, where Lightning would let it override the settings the user wrote."""
         path = self.config[self._command].get("ckpt_path")
-        if path is None or not Path(path).is_file():
-            return  # Lightning's "best" and "last", and its message for a file that is missing
+        if path is None and self._command == "fit":
+            return
+        if path is None:
+            raise ValueError(
+                f"give --ckpt_path, the checkpoint to {self._command}, such as runs/{self._name}/checkpoints/best.ckpt."
+            )
+        if not Path(path).is_file():
+            raise ValueError(f"`ckpt_path` must be the path of a checkpoint; there is no file {path}.")
         try:
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:
             raise ValueError(f"`ckpt_path` {path} cannot be read as a checkpoint: {error}") from error
         if "pytorch-lightning_version" not in checkpoint or "state_dict" not in checkpoint:
             raise ValueError(f"`ckpt_path` must be a checkpoint that a fit has written; {path} is none.")
+        self._checkpoint = checkpoint
+
+    def after_instantiate_classes(self) -> None:
+        """Lightning calls it before it runs anything: refuse a network that does not fit the data or checkpoint."""
+        given = {"in_chans": self.model.in_chans, "num_classes": self.model.num_classes}
+        for name, value in given.items():
+            if value != getattr(self.datamodule, name):
+                raise ValueError(
+                    f"`model.options.{name}` must be {getattr(self.datamodule, name)}, as in the data; got {value}."
+                )
+        if self._checkpoint is not None:
+            self.model.on_load_checkpoint(self._checkpoint)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing yet: Lightning would run on construction, where mistakes of the user cannot be told from bugs."""
+
+    def start(self) -> None:
+        """Run the command."""
+        super()._run_subcommand(self._command)
+
+    def run(self) -> None:
+        """Run the command, and tell where a fit left its files."""
+        self.start()
+        if self._command == "fit":
+            folder = Path(self.trainer.log_dir)
+            print(f"\ncheckpoints    {folder}/checkpoints\nmetrics        {folder}/metrics.csv")
+            print(f"configuration  {folder}/config.yaml")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with our progress display and the folder of the run."""
@@ -108,24 +142,6 @@ class Command(LightningCLI):
         """Write the class of every image, a line each."""
         for classes in self.trainer.predict(**kwargs):
             print(*classes.tolist(), sep="\n")
-
-
-def run(command: str, args: Sequence[str], name: str) -> None:
-    """Run fit, validate, test or predict.
-
-    Args:
-        command: which.
-        args: the rest of the command line.
-        name: of the recipe, for the folder of the run.
-
-    Raises:
-        ValueError, TypeError, OSError: with one sentence for the user.
-    """
-    done = Command(command, args, name)
-    if command == "fit":
-        folder = Path(done.trainer.log_dir)
-        print(f"\ncheckpoints    {folder}/checkpoints\nmetrics        {folder}/metrics.csv")
-        print(f"configuration  {folder}/config.yaml")
 
 
 def _free(folder: Path) -> Path:

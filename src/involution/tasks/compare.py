@@ -9,8 +9,8 @@ from involution.tasks.commands import Command
 from involution.tasks.report import draw_curves, measure, table
 
 
-def compare(args: Sequence[str], name: str) -> None:
-    """Fit the RedNet of a recipe and its mirrored ResNet in exactly the same way; print what each costs and can do.
+class Comparison:
+    """A fit of the RedNet of a recipe and, in exactly the same way, of its mirrored ResNet.
 
     Args:
         args: settings of `fit`, for both.
@@ -19,34 +19,52 @@ def compare(args: Sequence[str], name: str) -> None:
     Raises:
         ValueError, TypeError, OSError: with one sentence for the user.
     """
-    rednet = _RedNet("fit", args, name)
-    folder = Path(rednet.trainer.log_dir)
-    resnet = Command("fit", [*args, "--model.mirror", "true", "--folder", str(folder / "mirror")], name)
-    fits = {fit.model.name: fit for fit in (rednet, resnet)}
-    accuracies = [_test_accuracy(fit) for fit in fits.values()]
 
-    image = next(iter(rednet.datamodule.test_dataloader()))[0][:1]
-    rows = measure({name: fit.model for name, fit in fits.items()}, accuracies, image.to(rednet.model.device))
-    draw_curves({name: Path(fit.trainer.log_dir) / "metrics.csv" for name, fit in fits.items()}, folder / "curves.png")
-    (folder / "table.md").write_text(table(rows) + "\n")
-    print(f"\n{table(rows)}\n")
-    for what, where in (
-        ("checkpoint", rednet.trainer.checkpoint_callback.last_model_path),
-        ("mirror's", resnet.trainer.checkpoint_callback.last_model_path),
-        ("learning curves", folder / "curves.png"),
-        ("configuration", folder / "config.yaml"),
-    ):
-        print(f"{what:<16} {where}")
+    def __init__(self, args: Sequence[str], name: str) -> None:
+        self._args, self._name = args, name
+        self._rednet = _RedNet("fit", args, name)
+
+    def run(self) -> None:
+        """Fit both; print what each costs and can do."""
+        rednet = self._rednet
+        folder = Path(rednet.trainer.log_dir)
+        rednet.start()
+        # built only now, for building seeds what the fit draws
+        resnet = Command("fit", [*self._args, "--model.mirror", "true", "--folder", str(folder / "mirror")], self._name)
+        resnet.start()
+        fits = {fit.model.name: fit for fit in (rednet, resnet)}
+        accuracies = [_test_accuracy(fit) for fit in fits.values()]
+
+        image = next(iter(rednet.datamodule.test_dataloader()))[0][:1]
+        rows = measure({name: fit.model for name, fit in fits.items()}, accuracies, image.to(rednet.model.device))
+        logs = {name: Path(fit.trainer.log_dir) / "metrics.csv" for name, fit in fits.items()}
+        draw_curves(logs, folder / "curves.png")
+        (folder / "table.md").write_text(table(rows) + "\n")
+        print(f"\n{table(rows)}\n")
+        for what, where in (
+            ("checkpoint", rednet.trainer.checkpoint_callback.last_model_path),
+            ("mirror's", resnet.trainer.checkpoint_callback.last_model_path),
+            ("learning curves", folder / "curves.png"),
+            ("configuration", folder / "config.yaml"),
+        ):
+            print(f"{what:<16} {where}")
 
 
 class _RedNet(Command):
-    """A fit that refuses a network without a mirror before it has trained it."""
+    """A fit that refuses, before it has trained, what cannot be compared."""
 
     def before_instantiate_classes(self) -> None:
         """Lightning calls it before it builds anything."""
-        arch = self.config["fit"]["model"]["arch"]
+        settings = self.config["fit"]
+        arch = settings["model"]["arch"]
         if not arch.startswith("rednet"):
             raise ValueError(f"`compare` needs a RedNet as `model.arch`, such as rednet26; got {arch!r}.")
+        if settings["ckpt_path"] is not None:
+            raise ValueError("`compare` fits both networks from the start; leave out `ckpt_path`.")
+        if settings["trainer"]["logger"] is not None:
+            raise ValueError("`compare` draws its curves from a log of its own; leave out `trainer.logger`.")
+        if settings["trainer"]["fast_dev_run"]:
+            raise ValueError("`compare` needs the log that `trainer.fast_dev_run` does not write; leave it out.")
 
 
 def _test_accuracy(fit: Command) -> float:
