@@ -113,13 +113,9 @@ class Classification(LightningModule):
         loss = F.cross_entropy(logits, classes, label_smoothing=smoothing)
         accuracy = self.accuracies[f"{stage}_accuracy"]
         accuracy(logits, classes)
-        self.log_dict(
-            {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy},
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(classes),
-        )
+        how = {"on_step": False, "on_epoch": True, "batch_size": len(classes)}
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", **how)  # the progress bar has room for two
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage != "train", **how)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
