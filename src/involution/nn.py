@@ -9,7 +9,7 @@ from operator import index
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.ops.functional import autocast_enabled, involution
+from involution.ops.functional import autocast_enabled, generated_involution, involution
 from involution.ops.window import IntOrInts, Window, per_axis
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -73,7 +73,26 @@ class BottleneckGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Generate the kernel from `x`."""
-        return self.span(self.act(self.norm(self.reduce(self._pool(x))))).unflatten(1, self.shape)
+        return self.span(self.features(x)).unflatten(1, self.shape)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the span turns into the kernel, (B, C / reduction, *O)."""
+        features: Tensor = self.act(self.norm(self.reduce(self._pool(x))))
+        return features
+
+    def is_plain(self) -> bool:
+        """Whether nobody watches or changes the kernel: no hook, no other span in place of the 1x1 convolution."""
+        hooks = [
+            hooks
+            for m in (self, self.span)
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        return (
+            type(self) is BottleneckGenerator
+            and type(self.span) in _CONV
+            and self.span.bias is not None
+            and not any(hooks)
+        )
 
     def _pool(self, x: Tensor) -> Tensor:
         """`x` averaged over `stride`; windows that overhang average what they cover."""
@@ -106,8 +125,10 @@ class _Involution(nn.Module):
         norm: Callable[[int], nn.Module] | None = None,
         act: Callable[[], nn.Module] = nn.ReLU,
         generator: Callable[[Tensor], Tensor] | None = None,
+        fused: bool = True,
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.channels = _whole("channels", channels)
         self.groups = _groups(channels, groups, group_channels)
         if padding is None:
@@ -147,9 +168,16 @@ class _Involution(nn.Module):
                 "Convert one with `.to()`, or work under torch.autocast."
             )
         self.window.output_size(x.shape[2:])  # a window too large for x is said before the generator runs
-        kernel = self.generator(self._centres(x))
-        y = involution(x, kernel, self.window.stride, self.window.padding, self.window.dilation)
-        return self.project(y)
+        return self.project(self._involve(x))
+
+    def _involve(self, x: Tensor) -> Tensor:
+        window, generator, centres = self.window, self.generator, self._centres(x)
+        settings = (window.stride, window.padding, window.dilation)
+        if self.fused and isinstance(generator, BottleneckGenerator) and generator.is_plain():
+            features, weight, bias = generator.features(centres), generator.span.weight.flatten(1), generator.span.bias
+            assert bias is not None  # ours has one
+            return generated_involution(x, features, weight, bias, window.kernel_size, *settings)
+        return involution(x, generator(centres), *settings)
 
     def _centres(self, x: Tensor) -> Tensor:
         """`x` cut (or padded with zeros) to the positions window centres can lie on: all of `x` by default."""
@@ -188,6 +216,8 @@ class Involution2d(_Involution):
         act: called without arguments, gives the generator's activation.
         generator: any callable from x, cut to the window centres, to the kernel (B, G, *K, *O), in place of the
             standard `BottleneckGenerator`; `reduction`, `norm` and `act` then have no meaning.
+        fused: generate the kernel part by part where it is used, and again in the backward pass, instead of storing it,
+            if the generator is the standard one and no hook watches it. Faster, and training takes less memory.
 
     Shapes: (B, C, *S) -> (B, out_channels, *O), O = floor((S + 2 padding - dilation (K - 1) - 1) / stride) + 1;
     with the default padding O = ceil(S / stride).

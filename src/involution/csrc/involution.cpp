@@ -34,10 +34,14 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   Index x_stride[5];       // batch, channel, axes: x, or its gradient
   Index kernel_stride[8];  // batch, group, taps, output axes: the kernel, or its gradient
   Index y_stride[5];       // batch, channel, axes: the output, or its gradient
+  Index reduced, features_stride[5];  // channels of the features, and their strides: batch, channel, output axes
   void *x, *kernel_data, *y;
+  // Where the kernel is generated: kernel[group, tap] = bias[group, tap] + weight[group, tap, :] * features. Weight and bias are
+  // dense and of the type computed in; null where a kernel is given.
+  void *features, *weight, *bias;
 };
 
-static_assert(sizeof(Problem) == 43 * 8, "cpu.py packs 43 words");
+static_assert(sizeof(Problem) == 52 * 8, "cpu.py packs 52 words");
 
 enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
@@ -218,8 +222,12 @@ void transpose_blocks(To* to, Index to_step, const From* from, Index from_step, 
 template <int LANES, class To, class From>
 void transpose(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
   const Index smaller = least(i_size, j_size);
-  if (LANES >= 16 && smaller >= 16) return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
-  if (LANES >= 8 && smaller >= 8) return transpose_blocks<8>(to, to_step, from, from_step, i_size, j_size);
+  if constexpr (LANES >= 16) {
+    if (smaller >= 16) return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
+  }
+  if constexpr (LANES >= 8) {
+    if (smaller >= 8) return transpose_blocks<8>(to, to_step, from, from_step, i_size, j_size);
+  }
   if (smaller >= 4) return transpose_blocks<4>(to, to_step, from, from_step, i_size, j_size);
   for (Index i = 0; i < i_size; ++i)
     for (Index j = 0; j < j_size; ++j) copy_lanes<1>(to + j * to_step + i, from + i * from_step + j);
@@ -279,6 +287,22 @@ void unpack_columns(Element* to, Index channel_step, Index column_step, const Re
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = 0; column < columns; ++column)
           narrow(source[column * LANES + lane], target[column * column_step + lane * channel_step]);
+    }
+  }
+}
+
+// Channels at all columns of one row -> [channel][to_step].
+template <int LANES, class Real, class Element>
+void pack_planes(Real* to, Index to_step, const Element* from, Index channel_step, Index column_step, Index columns,
+                 Index channels) {
+  if (channel_step == 1) return transpose<LANES>(to, to_step, from, column_step, columns, channels);
+  for (Index channel = 0; channel < channels; ++channel) {
+    Real* target = to + channel * to_step;
+    const Element* row = from + channel * channel_step;
+    if (column_step == 1) {
+      for (Index column = 0; column < columns; ++column) target[column] = widen(row[column]);
+    } else {
+      for (Index column = 0; column < columns; ++column) target[column] = widen(row[column * column_step]);
     }
   }
 }
@@ -452,10 +476,63 @@ Row<Real> choose_row(const Layout& at, bool innermost) {
 #undef VARIANT
 }
 
+// ---------------------------------------------------------------------------------------------- generated kernels
+
+// TAPS taps at VECTORS vectors of pixels: taps[t][pixel] = bias[t] + sum over r of weight[t][r] * features[r][pixel].
+template <class Real, int LANES, int TAPS, int VECTORS>
+inline void span_tile(Real* taps, const Real* features, const Real* weight, const Real* bias, Index reduced, Index pixels) {
+  using V = typename Vector<Real, LANES>::type;
+  V sums[TAPS][VECTORS];
+#pragma GCC unroll 8
+  for (int t = 0; t < TAPS; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sums[t][v] = V{} + bias[t];
+  for (Index r = 0; r < reduced; ++r) {
+    V values[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) values[v] = load<V>(features + r * pixels + v * LANES);
+#pragma GCC unroll 8
+    for (int t = 0; t < TAPS; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[t][v] += weight[t * reduced + r] * values[v];
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < TAPS; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) store<V>(taps + t * pixels + v * LANES, sums[t][v]);
+}
+
+// The kernel of one group at `vectors` vectors of pixels: [tap][pixels], a 1x1 convolution of features that lie [channel][pixels].
+template <class Real, int LANES>
+void span(Real* taps, const Problem& p, Index group, const Real* features, Index vectors, Index pixels) {
+  constexpr bool MANY_REGISTERS = sizeof(Real) * LANES == 64;
+  const Index count = p.kernel[0] * p.kernel[1] * p.kernel[2];
+  const Real* weight = static_cast<const Real*>(p.weight) + group * count * p.reduced;
+  const Real* bias = static_cast<const Real*>(p.bias) + group * count;
+  Index tap = 0;
+  const auto run = [&](auto height) {
+    for (; tap + height <= count; tap += height) {
+      Index vector = 0;
+      const auto strip = [&](auto width) {
+        for (; vector + width <= vectors; vector += width)
+          span_tile<Real, LANES, height, width>(taps + tap * pixels + vector * LANES, features + vector * LANES,
+                                                weight + tap * p.reduced, bias + tap, p.reduced, pixels);
+      };
+      if (MANY_REGISTERS) strip(std::integral_constant<int, 4>{});
+      strip(std::integral_constant<int, 2>{});
+      strip(std::integral_constant<int, 1>{});
+    }
+  };
+  run(std::integral_constant<int, MANY_REGISTERS ? 7 : 6>{});
+  run(std::integral_constant<int, 3>{});
+  run(std::integral_constant<int, 1>{});
+}
+
 // ---------------------------------------------------------------------------------------------- tasks
 
 constexpr Index COLUMNS_PER_TASK = 512;
 constexpr Index KERNEL_BYTES_PER_TASK = 320 << 10;  // the taps of a task's rows stay in the second-level cache between groups
+constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated, so do those of one group
 constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
 
 // How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups.
@@ -466,9 +543,11 @@ struct Tasks {
     const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
     column_blocks = ceil_div(columns, COLUMNS_PER_TASK);
     const Index row_bytes = ceil_div(columns, column_blocks) * groups * taps * Index(sizeof(float));
-    row_blocks = ceil_div(rows, most(1, least(rows, KERNEL_BYTES_PER_TASK / row_bytes)));
-    const Index tasks = p.batch * depths * row_blocks * column_blocks;
-    group_blocks = tasks >= 2 * threads ? 1 : least(groups, ceil_div(2 * threads, most(1, tasks)));
+    const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks) : KERNEL_BYTES_PER_TASK / row_bytes;
+    row_blocks = ceil_div(rows, most(1, least(rows, rows_per_task)));
+    // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
+    const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 8 : 2) * threads;
+    group_blocks = tasks >= wanted ? 1 : least(groups, ceil_div(wanted, most(1, tasks)));
     count = tasks * group_blocks;
   }
 };
@@ -570,12 +649,15 @@ template <bool FORWARD, class Real, int LANES, class Element>
 struct ByChannel {
   const Problem& p;
   const Index chunks, x_depths, x_columns, y_columns, x_row, x_depth, x_chunk, x_groups;
-  const bool y_in_place, copies_taps;
+  const bool y_in_place, generates_taps, copies_taps;
   const Index y_chunk;
+  const Index pixels;  // of a task, in whole vectors; an odd number of them, so that the rows of a plane spread over the cache
   const Layout at;
   const Row<Real> row;
 
-  ByChannel(const Problem& problem, Index groups, Index x_rows, Index columns, Index outputs)
+  static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
+
+  ByChannel(const Problem& problem, Index groups, Index x_rows, Index columns, Index y_rows, Index outputs)
       : p(problem),
         chunks(ceil_div(p.channels, LANES)),
         x_depths(FORWARD ? p.kernel[0] : 1),
@@ -586,10 +668,12 @@ struct ByChannel {
         x_chunk(times(x_depth, x_depths)),
         x_groups(groups),
         y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % LANES == 0),
-        copies_taps(!taps_in_place<Real, Element>(p)),
+        generates_taps(p.weight != nullptr),
+        copies_taps(!generates_taps && !taps_in_place<Real, Element>(p)),
         y_chunk(y_in_place ? LANES : y_columns * LANES),
+        pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
-        row(choose_row<FORWARD, Real, LANES>(at, taps_innermost(p))) {}
+        row(choose_row<FORWARD, Real, LANES>(at, !generates_taps && taps_innermost(p))) {}
 
   Layout layout() const {
     Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : LANES,
@@ -600,18 +684,24 @@ struct ByChannel {
       result.tap_depth = p.kernel[1] * result.tap_row;
       result.tap_output = taps_innermost(p) ? p.kernel[0] * result.tap_depth : 1;
     }
-    if (taps_in_one_run(p)) result.fetched = p.kernel[0] * p.kernel[1] * p.kernel[2] * Index(sizeof(Element)) / chunks;
+    if (generates_taps) {
+      result.tap_output = 1;
+      result.tap_column = pixels;
+      result.tap_row = times(p.kernel[2], pixels);
+      result.tap_depth = times(p.kernel[1], result.tap_row);
+    } else if (taps_in_one_run(p)) result.fetched = p.kernel[0] * p.kernel[1] * p.kernel[2] * Index(sizeof(Element)) / chunks;
     return result;
   }
 
   struct Scratch {
-    Real *x, *y, *taps;
+    Real *x, *y, *taps, *features;
   };
   Scratch scratch(Arena& arena) const {
     const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
             arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, LANES)),
-            arena.take<Real>(copies_taps ? times(y_columns, taps) : 0)};
+            arena.take<Real>(generates_taps ? times(pixels, taps) : copies_taps ? times(y_columns, taps) : 0),
+            arena.take<Real>(generates_taps ? times(pixels, p.reduced) : 0)};
   }
 
   // Calls body(first group, channels) for runs of channels that fill whole vectors: all groups at once, or each alone.
@@ -630,8 +720,8 @@ struct ByChannel {
     return static_cast<Element*>(data) + batch * step[0] + channel * step[1] + depth * step[2] + row * step[3];
   }
 
-  // Runs the loops on one row of outputs: `y` of `group`, lines (`depths` x `rows`) of the window, the first of them at `x`.
-  void run_row(Index batch, Index group, Index depth, Index out, Range outputs, Range depths, Range rows, Element* y, Real* x,
+  // Runs the loops on one row of outputs with the kernel that is given: see `run_row`.
+  void run_row_of_kernel(Index batch, Index group, Index depth, Index out, Range outputs, Range depths, Range rows, Element* y, Real* x,
                const Scratch& s) const {
     const Index* step = p.kernel_stride;
     const Element* all_groups = static_cast<const Element*>(p.kernel_data) + batch * step[0] + depth * step[5] + out * step[6];
@@ -644,6 +734,12 @@ struct ByChannel {
       copy_taps(s.taps, at, p, kernel, depths, outputs);
       taps = s.taps;
     }
+    run_row(outputs, taps, coming, depths, rows, y, x, s);
+  }
+
+  // Runs the loops on one row of outputs: `y` of a group, lines (`depths` x `rows`) of the window, the first of them at `x`;
+  // `taps` of the first output, memory to prefetch.
+  void run_row(Range outputs, const Real* taps, const char* coming, Range depths, Range rows, Element* y, Real* x, const Scratch& s) const {
     taps += depths.from * at.tap_depth + rows.from * at.tap_row;
     Real* values = s.y;
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
@@ -665,7 +761,7 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
       : Base(p, ceil_div(all.groups, all.group_blocks),
              (ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1,
              (ceil_div(all.columns, all.column_blocks) - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1,
-             ceil_div(all.columns, all.column_blocks)) {}
+             ceil_div(all.rows, all.row_blocks), ceil_div(all.columns, all.column_blocks)) {}
 
   void run(const Task& task, const typename Base::Scratch& s) const {
     const Index first_depth = task.depth * p.stride[0] - p.padding[0];
@@ -682,13 +778,41 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
                                                  first_depth + depth * p.dilation[0], first_row + row),
                                     p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], channels);
         });
-    for_rows_and_groups(task.rows, task.groups, [&](Index out, Index group) {
+    const auto run_out = [&](Index out, Index group, const auto& run_lines) {
       const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
       const Index row = (out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1];
-      this->run_row(task.batch, group, task.depth, out, task.columns, depths, lines,
-                    Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, task.depth, out) + task.columns.from * p.y_stride[4],
-                    packed(group) + depths.from * this->x_depth + row * this->x_row, s);
-    });
+      run_lines(lines, Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, task.depth, out) + task.columns.from * p.y_stride[4],
+                packed(group) + depths.from * this->x_depth + row * this->x_row);
+    };
+    if (!this->generates_taps) {
+      for_rows_and_groups(task.rows, task.groups, [&](Index out, Index group) {
+        run_out(out, group, [&](Range lines, Element* y, Real* x) {
+          this->run_row_of_kernel(task.batch, group, task.depth, out, task.columns, depths, lines, y, x, s);
+        });
+      });
+      return;
+    }
+    const Index vectors = pack_features(task, s.features);
+    for (Index group = task.groups.from; group < task.groups.to; ++group) {
+      span<Real, Base::WIDEST>(s.taps, p, group, s.features, vectors, this->pixels);
+      for (Index out = task.rows.from; out < task.rows.to; ++out)
+        run_out(out, group, [&](Range lines, Element* y, Real* x) {
+          this->run_row(task.columns, s.taps + (out - task.rows.from) * task.columns.size(), nullptr, depths, lines, y, x, s);
+        });
+    }
+  }
+
+  // The features of the task's outputs, [channel][pixel]. Returns how many vectors of pixels there are.
+  Index pack_features(const Task& task, Real* to) const {
+    const Index columns = task.columns.size(), used = task.rows.size() * columns, vectors = ceil_div(used, Base::WIDEST);
+    for (Index out = task.rows.from; out < task.rows.to; ++out)
+      pack_planes<Base::WIDEST>(to + (out - task.rows.from) * columns, this->pixels,
+                                Base::row_of(p.features, p.features_stride, task.batch, 0, task.depth, out) +
+                                    task.columns.from * p.features_stride[4],
+                                p.features_stride[1], p.features_stride[4], columns, p.reduced);
+    for (Index channel = 0; channel < p.reduced; ++channel)
+      std::memset(to + channel * this->pixels + used, 0, sizeof(Real) * (vectors * Base::WIDEST - used));
+    return vectors;
   }
 };
 
@@ -700,7 +824,7 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
 
   GradX(const Problem& p, const Tasks& all)
       : Base(p, ceil_div(all.groups, all.group_blocks), ceil_div(all.rows, all.row_blocks),
-             ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2],
+             ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2], 0,
              (ceil_div(all.columns, all.column_blocks) + (p.kernel[2] - 1) * p.dilation[2]) / p.stride[2] + 1) {}
 
   // Outputs along `axis` of which some tap reads a position in `positions`.
@@ -724,7 +848,7 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
         const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
         const Range lines = this->taps_inside(1, position, task.rows.size());
         if (lines.size() == 0) return;
-        this->run_row(task.batch, group, depth, out, outputs, {tap, tap + 1}, lines,
+        this->run_row_of_kernel(task.batch, group, depth, out, outputs, {tap, tap + 1}, lines,
                       Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, depth, out) + outputs.from * p.y_stride[4],
                       packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES, s);
       });
@@ -786,20 +910,12 @@ struct GradKernel {
     const Range inside = {least(most(0, -first), wanted), most(0, least(wanted, width - first))};
     std::memset(to, 0, sizeof(Real) * p.channels * wanted);
     const Element* source = from + first * column_step;
-    if (stride == 1 && channel_step == 1) {
-      transpose<LANES>(to + inside.from, wanted, source + inside.from * column_step, column_step, inside.size(), p.channels);
-      return;
-    }
-    for (Index channel = 0; channel < p.channels; ++channel) {
-      Real* target = to + channel * wanted;
-      const Element* row = source + channel * channel_step;
-      if (stride == 1 && column_step == 1) {
-        for (Index column = inside.from; column < inside.to; ++column) target[column] = widen(row[column]);
-      } else {
-        for (Index column = inside.from; column < inside.to; ++column)
-          target[column % stride * phase + column / stride] = widen(row[column * column_step]);
-      }
-    }
+    if (stride == 1)
+      return pack_planes<LANES>(to + inside.from, wanted, source + inside.from * column_step, channel_step, column_step,
+                                inside.size(), p.channels);
+    for (Index channel = 0; channel < p.channels; ++channel)
+      for (Index column = inside.from; column < inside.to; ++column)
+        to[channel * wanted + column % stride * phase + column / stride] = widen(source[column * column_step + channel * channel_step]);
   }
 
   // UNIT: stride and dilation are one, so that the offset of a tap is its number.

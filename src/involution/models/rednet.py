@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,9 @@ class Bottleneck(nn.Module):
         """The feature map of the block from that of the one before."""
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.act2(self.bn2(self.conv2(y)))
-        return self.act3(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = self.bn3(self.conv3(y))
+        y += self.downsample(x)
+        return self.act3(y)
 
 
 class RedNet(nn.Module):
@@ -73,6 +76,7 @@ class RedNet(nn.Module):
         groups: kernels per position in every block (1: a single kernel). Give this or `group_channels`.
         group_channels: channels that share a kernel in every block. Default 16.
         reduction: how much narrower the bottlenecks of the blocks' kernel generators are.
+        fused: let the involutions generate their kernels part by part where they are used; see `Involution2d`.
         zero_init_last: start every block as its shortcut, by a last norm of zero.
 
     `groups`, `group_channels` and `reduction` leave the stem alone, as the paper's ablations do.
@@ -110,6 +114,7 @@ class RedNet(nn.Module):
         groups: int | None = None,
         group_channels: int | None = None,
         reduction: int = 4,
+        fused: bool = True,
         zero_init_last: bool = True,
     ) -> None:
         super().__init__()
@@ -138,7 +143,7 @@ class RedNet(nn.Module):
         self.grad_checkpointing = False
 
         if stem == "involution":
-            self.stem = _involution_stem(in_chans, stem_width, stem_kernel)
+            self.stem = _involution_stem(in_chans, stem_width, stem_kernel, fused)
         else:
             self.stem = _convolution_stem(in_chans, stem_width)
         self.stem.get_submodule("conv1").register_forward_pre_hook(_check_images)
@@ -150,6 +155,8 @@ class RedNet(nn.Module):
             "groups": groups,
             "group_channels": group_channels,
             "reduction": reduction,
+            "act": partial(nn.ReLU, inplace=True),
+            "fused": fused,
         }
         channels, reached, dilation = stem_width, 4, 1
         for index, (name, depth) in enumerate(zip(_STAGES, layers, strict=True)):
@@ -329,13 +336,13 @@ def _check_images(conv: nn.Conv2d, args: tuple[Tensor]) -> None:
         raise TypeError(f"`x` must be of the network's dtype, {weight.dtype}; got {x.dtype}. Convert one of them.")
 
 
-def _involution_stem(in_chans: int, width: int, kernel_size: int) -> nn.Sequential:
+def _involution_stem(in_chans: int, width: int, kernel_size: int, fused: bool) -> nn.Sequential:
     half = width // 2
     layers = {
         "conv1": nn.Conv2d(in_chans, half, 3, 2, 1, bias=False),
         "bn1": nn.BatchNorm2d(half),
         "act1": nn.ReLU(inplace=True),
-        "conv2": Involution2d(half, kernel_size),
+        "conv2": Involution2d(half, kernel_size, act=partial(nn.ReLU, inplace=True), fused=fused),
         "bn2": nn.BatchNorm2d(half),
         "act2": nn.ReLU(inplace=True),
         "conv3": nn.Conv2d(half, width, 3, 1, 1, bias=False),

@@ -1,6 +1,7 @@
-"""FLOP formulas of the three ops for `torch.utils.flop_counter.FlopCounterMode`.
+"""FLOP formulas of the ops for `torch.utils.flop_counter.FlopCounterMode`.
 
-Each op does one multiply-add, counted as two FLOPs, for every channel, tap and output position.
+Each op does one multiply-add, counted as two FLOPs, for every channel, tap and output position; a generated kernel takes
+those of its 1x1 convolution besides.
 """
 
 from __future__ import annotations
@@ -61,12 +62,26 @@ def _register() -> None:
 
     ops = torch.ops.involution
     register_flop_formula(ops.forward)(_forward)
+    register_flop_formula(ops.generated)(_generated)
     register_flop_formula(ops.grad_x)(_grad_x)
     register_flop_formula(ops.grad_kernel)(_grad_kernel)
 
 
 def _forward(x: _Shape, kernel: _Shape, *window: Any, out_shape: _Shape, **_: Any) -> int:
     return 2 * prod(out_shape) * prod(kernel[2 : len(x)])
+
+
+def _generated(
+    x: _Shape,
+    features: _Shape,
+    weight: _Shape,
+    bias: _Shape,
+    kernel_size: _Shape,
+    *window: Any,
+    out_shape: _Shape,
+    **_: Any,
+) -> int:
+    return 2 * prod(out_shape) * prod(kernel_size) + 2 * prod(features) * weight[0]
 
 
 def _grad_x(grad: _Shape, kernel: _Shape, *size_and_window: Any, **_: Any) -> int:

@@ -6,11 +6,13 @@ Letters, here and everywhere: `B` batch, `C` channels, `G` groups, `D` = C / G c
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from involution.ops import library
+from involution.ops import library, reference
 from involution.ops.window import IntOrInts, Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,19 +51,92 @@ def involution(
 
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021.
     """
-    _check_tensors(x, kernel)
+    _check_tensor("x", x)
+    _check_tensor("kernel", kernel)
+    rank = _rank(x)
+    if kernel.dim() != 2 + 2 * rank:
+        raise ValueError(
+            f"`kernel` must have {2 + 2 * rank} dimensions (B, G, {rank} kernel sizes, {rank} output sizes) for `x` of "
+            f"shape {tuple(x.shape)}; got shape {tuple(kernel.shape)}."
+        )
+    if 0 in kernel.shape[2 : x.dim()]:
+        raise ValueError(f"`kernel` must have at least one tap on every axis; got shape {tuple(kernel.shape)}.")
     if autocast_enabled(x.device.type):
         x, kernel = _autocast(x), _autocast(kernel)
-    if x.dtype != kernel.dtype:
-        raise TypeError(
-            f"`x` and `kernel` must share a dtype; got {x.dtype} and {kernel.dtype}. "
-            "Convert one of them; torch.autocast does so for all but float64."
-        )
-    window = Window.normalise(x.dim() - 2, kernel.shape[2 : x.dim()], stride, padding, dilation)
-    _check_sizes(x, kernel, window)
+    _check_alike(x, "kernel", kernel)
+    window = Window.normalise(rank, kernel.shape[2 : x.dim()], stride, padding, dilation)
+    _check_sizes(x, "kernel", kernel, kernel.shape[1], window)
     if forward_ad._current_level >= 0:
         return _with_tangent(x, kernel, window)
     return library.forward(x, kernel, window.stride, window.padding, window.dilation)
+
+
+def generated_involution(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: IntOrInts,
+    stride: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    dilation: IntOrInts = 1,
+) -> Tensor:
+    """`involution` of `x` by the kernel weight @ features + bias, a 1x1 convolution that is never stored as a whole.
+
+    The kernel of a layer is K * K / D times as large as x. Here every part of it is generated where it is used, and
+    again in the backward pass, so that training keeps `features` in its place; the numbers are the same to rounding.
+
+    Args:
+        x: input, (B, C, *S) with one to three spatial axes.
+        features: what the kernels are generated from, (B, R, *O).
+        weight: (G * T, R), T the number of taps; G divides C.
+        bias: (G * T,).
+        kernel_size: *K, an int or one per spatial axis.
+        stride: as for `involution`.
+        padding: as for `involution`.
+        dilation: as for `involution`.
+
+    Returns:
+        (B, C, *O), in the dtype and memory format of `x`.
+
+    Raises:
+        TypeError: if an argument is no tensor, or the dtypes disagree or are not floating point.
+        ValueError: if shapes, devices or window settings do not fit; the message shows both sides.
+
+    Numerics: kernels of half types are generated and used in float32, and never rounded to the half type.
+
+    Example:
+        >>> x, features = torch.randn(2, 32, 13, 13), torch.randn(2, 8, 13, 13)
+        >>> generated_involution(x, features, torch.randn(2 * 9, 8), torch.randn(2 * 9), 3, padding=1).shape
+        torch.Size([2, 32, 13, 13])
+    """
+    tensors = {"x": x, "features": features, "weight": weight, "bias": bias}
+    for name, value in tensors.items():
+        _check_tensor(name, value)
+    rank = _rank(x)
+    if autocast_enabled(x.device.type):
+        x, features, weight, bias = map(_autocast, tensors.values())
+    for name, value in (("features", features), ("weight", weight), ("bias", bias)):
+        _check_alike(x, name, value)
+    window = Window.normalise(rank, kernel_size, stride, padding, dilation)
+    taps = prod(window.kernel_size)
+    if features.dim() != x.dim() or weight.dim() != 2 or bias.dim() != 1:
+        raise ValueError(
+            f"`features`, `weight` and `bias` must have {x.dim()}, 2 and 1 dimensions for `x` of shape "
+            f"{tuple(x.shape)}; got shapes {tuple(features.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}."
+        )
+    if weight.shape[1] != features.shape[1] or weight.shape[0] != bias.shape[0] or weight.shape[0] % taps:
+        raise ValueError(
+            f"`weight` must have shape (G * {taps}, {features.shape[1]}) and `bias` (G * {taps},) for kernel size "
+            f"{window.kernel_size} and `features` of shape {tuple(features.shape)}; got {tuple(weight.shape)} and "
+            f"{tuple(bias.shape)}."
+        )
+    _check_sizes(x, "features", features, weight.shape[0] // taps, window)
+    if forward_ad._current_level >= 0:
+        return _with_tangent(x, reference.span(features, weight, bias, window.kernel_size), window)
+    return library.generated(
+        x, features, weight, bias, window.kernel_size, window.stride, window.padding, window.dilation
+    )
 
 
 def _with_tangent(x: Tensor, kernel: Tensor, window: Window) -> Tensor:
@@ -74,27 +149,31 @@ def _with_tangent(x: Tensor, kernel: Tensor, window: Window) -> Tensor:
     return forward_ad.make_dual(y, torch.stack(tangents).sum(0)) if tangents else y
 
 
-def _check_tensors(x: Tensor, kernel: Tensor) -> None:
-    for name, value in (("x", x), ("kernel", kernel)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
-        if value.layout is not torch.strided or value.is_nested:
-            raise TypeError(f"`{name}` must be a dense tensor; got layout {value.layout}. Use `to_dense()`.")
-        if value.dtype not in _DTYPES:
-            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise TypeError(f"`{name}` must have one of the dtypes {served}; got {value.dtype}.")
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"`{name}` must be a dense tensor; got layout {value.layout}. Use `to_dense()`.")
+    if value.dtype not in _DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"`{name}` must have one of the dtypes {served}; got {value.dtype}.")
+
+
+def _rank(x: Tensor) -> int:
     rank = x.dim() - 2
     if not 1 <= rank <= 3:
         raise ValueError(f"`x` must have 3, 4 or 5 dimensions (B, C, 1 to 3 spatial); got shape {tuple(x.shape)}.")
-    if kernel.dim() != 2 + 2 * rank:
-        raise ValueError(
-            f"`kernel` must have {2 + 2 * rank} dimensions (B, G, {rank} kernel sizes, {rank} output sizes) for `x` of "
-            f"shape {tuple(x.shape)}; got shape {tuple(kernel.shape)}."
+    return rank
+
+
+def _check_alike(x: Tensor, name: str, value: Tensor) -> None:
+    if x.device != value.device:
+        raise ValueError(f"`x` and `{name}` must share a device; got {x.device} and {value.device}.")
+    if x.dtype != value.dtype:
+        raise TypeError(
+            f"`x` and `{name}` must share a dtype; got {x.dtype} and {value.dtype}. "
+            "Convert one of them; torch.autocast does so for all but float64."
         )
-    if 0 in kernel.shape[2 : x.dim()]:
-        raise ValueError(f"`kernel` must have at least one tap on every axis; got shape {tuple(kernel.shape)}.")
-    if x.device != kernel.device:
-        raise ValueError(f"`x` and `kernel` must share a device; got {x.device} and {kernel.device}.")
 
 
 def autocast_enabled(device: str) -> bool:
@@ -106,18 +185,19 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _check_sizes(x: Tensor, kernel: Tensor, window: Window) -> None:
+def _check_sizes(x: Tensor, name: str, value: Tensor, groups: int, window: Window) -> None:
+    """Hold `x` against the tensor `name` of shape (B, ..., *O), the kernel or what it is generated from."""
     batch, channels = x.shape[:2]
-    groups = kernel.shape[1]
-    if kernel.shape[0] != batch:
-        raise ValueError(f"`kernel` has batch size {kernel.shape[0]}, `x` has {batch}; they must be equal.")
+    if value.shape[0] != batch:
+        raise ValueError(f"`{name}` has batch size {value.shape[0]}, `x` has {batch}; they must be equal.")
     if groups == 0 or channels == 0 or channels % groups:
-        raise ValueError(f"`kernel` has {groups} groups, which does not divide the {channels} channels of `x`.")
-    expected, given = window.output_size(x.shape[2:]), tuple(kernel.shape[x.dim() :])
+        holder = "kernel" if name == "kernel" else "weight"
+        raise ValueError(f"`{holder}` has {groups} groups, which does not divide the {channels} channels of `x`.")
+    expected, given = window.output_size(x.shape[2:]), tuple(value.shape[2 - x.dim() :])
     if given != expected:
         hint = " Was it generated at the input resolution?" if given == tuple(x.shape[2:]) else ""
         raise ValueError(
-            f"`kernel` must end in the output size {expected} for `x` of spatial size {tuple(x.shape[2:])}, "
+            f"`{name}` must end in the output size {expected} for `x` of spatial size {tuple(x.shape[2:])}, "
             f"kernel size {window.kernel_size}, stride {window.stride}, padding {window.padding} and dilation "
             f"{window.dilation}; got {given}.{hint}"
         )

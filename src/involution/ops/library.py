@@ -1,8 +1,11 @@
-"""The three ops as torch sees them: schemas, fakes, derivatives, and which implementation serves which device.
+"""The ops as torch sees them: schemas, fakes, derivatives, and which implementation serves which device.
 
 Involution is a trilinear form in (gradient g, kernel k, input x). Each op is the form's derivative in one of the three,
 so the derivative of every op is again one of the ops, and double backward needs nothing new:
 <g, forward(x, k)> = <x, grad_x(g, k)> = <k, grad_kernel(g, x)>.
+
+A fourth op, `generated`, is `forward` with the kernel span(features), which it need not store: neither for its own loop
+nor for the backward pass, which generates it again and is written in the other three.
 """
 
 from __future__ import annotations
@@ -21,10 +24,14 @@ Ints = Sequence[int]
 _WINDOW = "int[] stride, int[] padding, int[] dilation"
 _library = torch.library.Library("involution", "DEF")
 _library.define(f"forward(Tensor x, Tensor kernel, {_WINDOW}) -> Tensor")
+_library.define(
+    f"generated(Tensor x, Tensor features, Tensor weight, Tensor bias, int[] kernel_size, {_WINDOW}) -> Tensor"
+)
 _library.define(f"grad_x(Tensor grad, Tensor kernel, SymInt[] size, {_WINDOW}) -> Tensor")
 _library.define(f"grad_kernel(Tensor grad, Tensor x, SymInt groups, SymInt[] kernel_size, {_WINDOW}) -> Tensor")
 
 forward = torch.ops.involution.forward.default
+generated = torch.ops.involution.generated.default
 grad_x = torch.ops.involution.grad_x.default
 grad_kernel = torch.ops.involution.grad_kernel.default
 
@@ -39,7 +46,7 @@ def implementations() -> dict[str, str]:
     return {"cpu": cpu.description(), "any other": "reference"}
 
 
-# Allocation: real and fake tensors come from the same three functions, so they cannot disagree.
+# Allocation: real and fake tensors come from the same functions, so they cannot disagree.
 
 
 def _allocate(like: Tensor, shape: Ints) -> Tensor:
@@ -51,6 +58,19 @@ def _allocate(like: Tensor, shape: Ints) -> Tensor:
 
 def _allocate_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
     return _allocate(x, (*x.shape[:2], *kernel.shape[x.dim() :]))
+
+
+def _allocate_generated(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+) -> Tensor:
+    return _allocate(x, (*x.shape[:2], *features.shape[2:]))
 
 
 def _allocate_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
@@ -65,6 +85,7 @@ def _allocate_grad_kernel(
 
 
 torch.library.register_fake("involution::forward", _allocate_forward, lib=_library)
+torch.library.register_fake("involution::generated", _allocate_generated, lib=_library)
 torch.library.register_fake("involution::grad_x", _allocate_grad_x, lib=_library)
 torch.library.register_fake("involution::grad_kernel", _allocate_grad_kernel, lib=_library)
 
@@ -79,6 +100,21 @@ def _register(key: str, implementation: Any) -> None:
         out = _allocate_forward(x, kernel, stride, padding, dilation)
         if out.numel():
             implementation.forward(out, x, kernel, stride, padding, dilation)
+        return out
+
+    def run_generated(
+        x: Tensor,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        kernel_size: Ints,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
+    ) -> Tensor:
+        out = _allocate_generated(x, features, weight, bias, kernel_size, stride, padding, dilation)
+        if out.numel():
+            implementation.generated(out, x, features, weight, bias, kernel_size, stride, padding, dilation)
         return out
 
     def run_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
@@ -96,6 +132,7 @@ def _register(key: str, implementation: Any) -> None:
         return out
 
     _library.impl("forward", run_forward, key)
+    _library.impl("generated", run_generated, key)
     _library.impl("grad_x", run_grad_x, key)
     _library.impl("grad_kernel", run_grad_kernel, key)
 
@@ -122,6 +159,31 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_kernel(grad, x, ctx.groups, ctx.kernel_size, *ctx.window) if wants_kernel else None,
         *(None,) * 3,
     )
+
+
+def _generated_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _generated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, features, weight, bias = ctx.saved_tensors
+    window, (wants_x, *wants_span) = (ctx.stride, ctx.padding, ctx.dilation), ctx.needs_input_grad[:4]
+    from_x, from_features, from_weight, from_bias = None, None, None, None
+    if wants_x:
+        kernel = reference.span(features, weight, bias, ctx.kernel_size)
+        from_x = grad_x(grad, kernel, x.shape[2:], *window)
+        del kernel  # as large as its gradient, which comes next
+    if any(wants_span):
+        groups = weight.shape[0] // prod(ctx.kernel_size)
+        taps = grad_kernel(grad, x, groups, ctx.kernel_size, *window).flatten(1, x.dim() - 1).movedim(1, -1)
+        if wants_span[0]:
+            from_features = (taps @ weight).movedim(-1, 1)
+        if wants_span[1]:
+            from_weight = taps.flatten(0, -2).T @ features.movedim(1, -1).flatten(0, -2)
+        if wants_span[2]:
+            from_bias = taps.flatten(0, -2).sum(0)
+    return from_x, from_features, from_weight, from_bias, *(None,) * 4
 
 
 def _grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,6 +220,7 @@ def _differentiate(name: str, backward: Callable[..., Any], setup_context: Calla
 
 
 _differentiate("forward", _forward_backward, _forward_context)
+_differentiate("generated", _generated_backward, _generated_context)
 _differentiate("grad_x", _grad_x_backward, _grad_x_context)
 _differentiate("grad_kernel", _grad_kernel_backward, _grad_kernel_context)
 

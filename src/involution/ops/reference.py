@@ -26,6 +26,27 @@ def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints,
     out.copy_(total.flatten(1, 2))
 
 
+def generated(
+    out: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+) -> None:
+    """Fill `out` with the involution of `x` by the kernel that `span` generates."""
+    forward(out, x, span(features, weight, bias, kernel_size), stride, padding, dilation)
+
+
+def span(features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints) -> Tensor:
+    """The kernel (B, G, *K, *O) whose taps at a position are weight (G * T, R) @ features (B, R, *O) + bias (G * T,)."""
+    taps = F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)  # channels innermost, as the loops like it
+    return taps.unflatten(1, (-1, *kernel_size))
+
+
 def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
     """Fill `out` with the gradient of x: each tap adds its share of `grad` to the positions it read."""
     grouped = _grouped(_accurate(grad), kernel.shape[1])

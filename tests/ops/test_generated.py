@@ -1,0 +1,221 @@
+"""The op whose kernel is generated where it is used: right on every window, dtype, layout and compiled variant."""
+
+from math import prod, sqrt
+
+import pytest
+import torch
+from torch import Tensor
+
+from involution import Involution2d
+from involution.ops import cpu, functional, reference
+from involution.ops.functional import generated_involution
+
+from ..cases import CASES, DTYPES, LAYOUTS, Case, case, run_reference
+
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_SMALL = (
+    case((5,), 3, stride=2, padding=1, batch=2, group_channels=2),
+    case((4, 3), (2, 3), stride=(1, 2), padding=1, dilation=(2, 1), batch=1, group_channels=2),
+    case((3, 2, 3), (2, 1, 2), stride=(1, 1, 2), padding=(1, 0, 1), batch=1, groups=1, group_channels=2),
+)
+
+
+def _tensors(case: Case, dtype: torch.dtype, reduced: int = 5) -> list[Tensor]:
+    """x, features, weight and bias: normal deviates, the same in every run."""
+    draw = torch.Generator().manual_seed(0)
+    x, kernel, _ = case.tensors(dtype)
+    outputs = case.groups * prod(case.window.kernel_size)
+    shapes = ((case.batch, reduced, *kernel.shape[x.dim() :]), (outputs, reduced), (outputs,))
+    return [x, *(torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes)]
+
+
+def _call(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, case: Case) -> Tensor:
+    w = case.window
+    return torch.ops.involution.generated(x, features, weight, bias, w.kernel_size, w.stride, w.padding, w.dilation)
+
+
+def _check(case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Compare with float64: a tap sums R + 1 terms, an output T of them; both walk at random in the accumulator."""
+    tensors = _tensors(case, dtype)
+    x, features, weight, bias = (t.double() for t in tensors)
+    window, rank = case.window, x.dim() - 2
+    kernel = reference.span(features, weight, bias, window.kernel_size)
+    sizes = reference.span(features.abs(), weight.abs(), bias.abs(), window.kernel_size)
+    grad = x.new_empty((*x.shape[:2], *features.shape[2:]))
+    value = run_reference("forward", x, kernel, grad, window)
+    absolute = run_reference("forward", x.abs(), sizes, grad, window)
+    rounding, steps = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
+    terms = sqrt(features.shape[1] + 1) + sqrt(prod(window.kernel_size)) + 2
+    budget = rounding.eps / 2 * value.abs().clamp(min=rounding.tiny) + steps.eps * terms * absolute
+    lay = LAYOUTS[layout][0]
+    got = _call(lay(tensors[0], rank), lay(tensors[1], rank), *tensors[2:], case)
+    assert got.shape == value.shape
+    assert got.dtype == dtype
+    assert bool(((got.double() - value).abs() <= budget).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
+    _check(case, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["baseline", "avx2", "avx512"])
+def test_every_variant_of_the_library(monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
+    capable = ["baseline", *{"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}.get(_CAPABILITY, [])]
+    library, _ = cpu._load(variant)
+    if variant not in capable or library is None:
+        pytest.skip(f"no library for {variant}, or no processor: this one has {_CAPABILITY}")
+    monkeypatch.setattr(cpu, "_library", library)
+    for each in CASES:
+        _check(each, dtype, "channels_last")
+
+
+@pytest.mark.parametrize("reduced", [1, 16, 128])
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (30, 56), (3, 600)], ids=str)
+def test_sizes_that_are_cut_into_tasks(size: tuple[int, int], reduced: int) -> None:
+    """Several tasks, of rows, columns and groups, agree with one convolution and one involution."""
+    each = case(size, 7, padding=3, batch=1, groups=3, group_channels=16)
+    x, features, weight, bias = _tensors(each, torch.float64, reduced)
+    expected = functional.involution(x, reference.span(features, weight, bias, (7, 7)), 1, 3)
+    torch.testing.assert_close(_call(x, features, weight, bias, each), expected, rtol=1e-12, atol=1e-11)
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    each = case((28, 30), 7, padding=3, batch=1, groups=4, group_channels=16)
+    tensors = _tensors(each, torch.float32, 16)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(_call(*tensors, each))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("case", _SMALL, ids=str)
+def test_opcheck(case: Case) -> None:
+    w, tensors = case.window, [t.requires_grad_() for t in _tensors(case, torch.float64, 2)]
+    torch.library.opcheck(torch.ops.involution.generated, (*tensors, w.kernel_size, w.stride, w.padding, w.dilation))
+
+
+@pytest.mark.parametrize("case", _SMALL, ids=str)
+def test_gradients(case: Case) -> None:
+    tensors = [t.requires_grad_() for t in _tensors(case, torch.float64, 2)]
+    torch.autograd.gradcheck(lambda *t: _call(*t, case), tensors)
+    torch.autograd.gradgradcheck(lambda *t: _call(*t, case), tensors)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_gradient_of_one_argument_alone(wanted: int) -> None:
+    """What asks for no gradient gets none, and changes none."""
+    tensors = _tensors(_SMALL[1], torch.float64)
+    expected = [t.clone().requires_grad_() for t in tensors]
+    _call(*expected, _SMALL[1]).square().sum().backward()
+    tensors[wanted].requires_grad_()
+    _call(*tensors, _SMALL[1]).square().sum().backward()
+    torch.testing.assert_close(tensors[wanted].grad, expected[wanted].grad)
+    assert all(t.grad is None for i, t in enumerate(tensors) if i != wanted)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_layer_is_the_same_fused_or_not(kernel_size: int, stride: int) -> None:
+    torch.manual_seed(0)
+    fused, stored = (Involution2d(32, kernel_size, stride, fused=flag).double() for flag in (True, False))
+    stored.load_state_dict(fused.state_dict())
+    results = []
+    for layer in (fused, stored):
+        x = torch.randn(2, 32, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_layer_keeps_no_kernel_for_the_backward_pass() -> None:
+    """The kernel has 49 / 16 as many elements as x; the fused layer saves nothing of that size."""
+    x = torch.randn(2, 32, 20, 20).requires_grad_()
+    saved: dict[bool, list[int]] = {True: [], False: []}
+    for fused, sizes in saved.items():
+        layer = Involution2d(32, fused=fused)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            layer(x)
+    assert max(saved[False]) == x.numel() * 49 // 16
+    assert max(saved[True]) == x.numel()
+
+
+def test_hooks_see_the_kernel() -> None:
+    """Whoever watches the generator or its span gets the kernel, and may change it."""
+    layer, x = Involution2d(32, 3), torch.randn(1, 32, 5, 5)
+    expected = layer.eval()(x)
+    seen: list[tuple[int, ...]] = []
+    for module in (layer.generator, layer.generator.span):
+        with module.register_forward_hook(lambda _, __, kernel: seen.append(tuple(kernel.shape))):
+            torch.testing.assert_close(layer(x), expected)
+    assert seen == [(1, 2, 3, 3, 5, 5), (1, 18, 5, 5)]
+    with layer.generator.span.register_forward_hook(lambda _, __, kernel: kernel * 0):
+        assert not layer(x).any()
+
+
+# torch scripts its own forward-mode formulas, with its own deprecated compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_and_autocast() -> None:
+    each = _SMALL[1]
+    tensors = tuple(_tensors(each, torch.float64))
+    directions = tuple(torch.randn_like(t) for t in tensors)
+    w = each.window
+
+    def run(*t: Tensor) -> Tensor:
+        return generated_involution(*t, w.kernel_size, w.stride, w.padding, w.dilation)
+
+    _, tangent = torch.func.jvp(run, tensors, directions)
+    step = 1e-6
+    ahead, behind = (run(*(t + s * d for t, d in zip(tensors, directions, strict=True))) for s in (step, -step))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(*(t.float() for t in tensors)).dtype == torch.bfloat16
+
+
+_BAD = {
+    "features": (
+        {"features": torch.randn(2, 5, 8, 8)},
+        r"`features` must end in the output size \(9, 9\) for `x` of spatial size \(9, 9\), kernel size \(3, 3\).*got",
+    ),
+    "batch": ({"features": torch.randn(3, 5, 9, 9)}, "`features` has batch size 3, `x` has 2; they must be equal"),
+    "rank": ({"weight": torch.randn(18, 5, 1, 1)}, r"must have 4, 2 and 1 dimensions .*got shapes \(2, 5, 9, 9\)"),
+    "reduced": ({"weight": torch.randn(18, 4)}, r"`weight` must have shape \(G \* 9, 5\).*got \(18, 4\) and \(18,\)"),
+    "taps": (
+        {"weight": torch.randn(17, 5), "bias": torch.randn(17)},
+        r"`weight` must have shape \(G \* 9, 5\).*got \(17, 5\)",
+    ),
+    "groups": (
+        {"weight": torch.randn(27, 5), "bias": torch.randn(27)},
+        "`weight` has 3 groups, which does not divide the 32 channels of `x`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), _BAD.values(), ids=_BAD)
+def test_shapes_that_do_not_fit(change: dict[str, Tensor], message: str) -> None:
+    good = {
+        "x": torch.randn(2, 32, 9, 9),
+        "features": torch.randn(2, 5, 9, 9),
+        "weight": torch.randn(18, 5),
+        "bias": torch.randn(18),
+    }
+    with pytest.raises(ValueError, match=message):
+        generated_involution(**good | change, kernel_size=3, padding=1)
+
+
+def test_dtypes_that_disagree() -> None:
+    x, features, weight, bias = _tensors(_SMALL[0], torch.float32)
+    with pytest.raises(TypeError, match=r"`x` and `weight` must share a dtype; got torch.float32 and torch.float64"):
+        generated_involution(x, features, weight.double(), bias, 3, 2, 1)
+    with pytest.raises(TypeError, match=r"`bias` must be a tensor; got NoneType\."):
+        generated_involution(x, features, weight, None, 3, 2, 1)  # type: ignore[arg-type]
