@@ -869,7 +869,7 @@ template <class Real, int LANES, class Element>
 struct GradKernel {
   using V = typename Vector<Real, LANES>::type;
   const Problem& p;
-  const Index columns, x_rows, x_columns, x_phase, x_channel;
+  const Index groups, columns, x_rows, x_columns, x_phase, x_channel;  // the most that a task can have
 
   struct Scratch {
     Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs
@@ -879,6 +879,7 @@ struct GradKernel {
 
   GradKernel(const Problem& problem, const Tasks& all)
       : p(problem),
+        groups(ceil_div(all.groups, all.group_blocks)),
         columns(ceil_div(ceil_div(all.columns, all.column_blocks), LANES) * LANES),
         x_rows((ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
         x_columns((columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
@@ -899,7 +900,7 @@ struct GradKernel {
   }
 
   Scratch scratch(Arena& arena) const {
-    return {arena.take<Real>(times(x_channel, x_rows, p.kernel[0], p.channels)), arena.take<Real>(times(p.channels, columns)),
+    return {arena.take<Real>(times(x_channel, x_rows, p.kernel[0], p.channels, groups)), arena.take<Real>(times(p.channels, columns)),
             arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], columns)), arena.take<Index>(p.kernel[2])};
   }
 
@@ -943,18 +944,22 @@ struct GradKernel {
     const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     const Element *x = static_cast<const Element*>(p.x), *y = static_cast<const Element*>(p.y);
     for (Index t = 0; t < p.kernel[2]; ++t) s.offsets[t] = t * p.dilation[2] % p.stride[2] * x_phase + t * p.dilation[2] / p.stride[2];
-    for (Index group = task.groups.from; group < task.groups.to; ++group) {
-      const Element* x_group = x + task.batch * p.x_stride[0] + group * p.channels * p.x_stride[1];
-      const Element* y_group = y + task.batch * p.y_stride[0] + group * p.channels * p.y_stride[1] + task.depth * p.y_stride[2];
-      for (Index k = 0; k < p.kernel[0]; ++k) {
-        const Index depth = first_depth + k * p.dilation[0];
-        if (depth < 0 || depth >= p.input[0]) continue;
-        for (Index line = most(0, -first_row); line < least(rows, p.input[1] - first_row); ++line)
-          pack(s.x + (k * x_rows + line) * x_row, x_group + depth * p.x_stride[2] + (first_row + line) * p.x_stride[3],
+    // All groups of a row in turn, so that memory is read and written in its order where the channels lie together.
+    const auto packed = [&](Index group) { return s.x + (group - task.groups.from) * p.kernel[0] * x_rows * x_row; };
+    for (Index k = 0; k < p.kernel[0]; ++k) {
+      const Index depth = first_depth + k * p.dilation[0];
+      if (depth < 0 || depth >= p.input[0]) continue;
+      for (Index line = most(0, -first_row); line < least(rows, p.input[1] - first_row); ++line)
+        for (Index group = task.groups.from; group < task.groups.to; ++group)
+          pack(packed(group) + (k * x_rows + line) * x_row,
+               x + task.batch * p.x_stride[0] + group * p.channels * p.x_stride[1] + depth * p.x_stride[2] +
+                   (first_row + line) * p.x_stride[3],
                p.x_stride[1], p.x_stride[4], first_column, p.stride[2], x_phase, p.input[2]);
-      }
-      for (Index out = task.rows.from; out < task.rows.to; ++out) {
-        pack(s.y, y_group + out * p.y_stride[3], p.y_stride[1], p.y_stride[4], task.columns.from, 1, columns, p.output[2]);
+    }
+    for (Index out = task.rows.from; out < task.rows.to; ++out)
+      for (Index group = task.groups.from; group < task.groups.to; ++group) {
+        pack(s.y, y + task.batch * p.y_stride[0] + group * p.channels * p.y_stride[1] + task.depth * p.y_stride[2] + out * p.y_stride[3],
+             p.y_stride[1], p.y_stride[4], task.columns.from, 1, columns, p.output[2]);
         for (Index kd = 0; kd < p.kernel[0]; ++kd) {
           const Index depth = first_depth + kd * p.dilation[0];
           for (Index kr = 0; kr < p.kernel[1]; ++kr) {
@@ -964,13 +969,11 @@ struct GradKernel {
               std::memset(taps, 0, sizeof(Real) * p.kernel[2] * columns);  // all in the padding
               continue;
             }
-            const Real* row = s.x + (kd * x_rows + line) * x_row;
-            (this->*taps_of_line_)(s, row, taps);
+            (this->*taps_of_line_)(s, packed(group) + (kd * x_rows + line) * x_row, taps);
           }
         }
         write(task, s, group, out);
       }
-    }
   }
 
   void write(const Task& task, const Scratch& s, Index group, Index out) const {
