@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from involution import BottleneckGenerator, Involution1d, Involution2d, Involution3d, involution
+from involution.nn import PointwiseConv1d, PointwiseConv2d, PointwiseConv3d
 
 LAYERS = (Involution1d, Involution2d, Involution3d)
 _each_rank = pytest.mark.parametrize("rank", [1, 2, 3])
@@ -386,3 +387,30 @@ def test_every_rank_and_dtype_with_stride(face: type[nn.Module], dtype: torch.dt
 def test_mistakes(call: Callable[[], Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(text)}$"):
         call()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("innermost", [True, False])
+def test_pointwise_convolution_equals_the_convolution(rank: int, stride: int, innermost: bool) -> None:
+    """The matrix product, taken where channels lie innermost, gives the convolution's numbers, gradients and layout."""
+    torch.manual_seed(0)
+    ours = (PointwiseConv1d, PointwiseConv2d, PointwiseConv3d)[rank - 1](6, 4, stride).double()
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](6, 4, 1, stride).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, *(7, 5, 3)[:rank], 6, dtype=torch.float64).movedim(-1, 1)
+    x = x if innermost else x.contiguous()
+    results = []
+    for layer in (ours, plain):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert (results[0][0].stride(1) == 1) == innermost
+
+
+def test_pointwise_convolution_takes_one_image_without_a_batch() -> None:
+    layer = PointwiseConv2d(6, 4)
+    x = torch.randn(6, 1, 3)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])

@@ -8,11 +8,58 @@ from operator import index
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from involution.ops.functional import autocast_enabled, generated_involution, involution
 from involution.ops.window import IntOrInts, Window, per_axis
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+class _Pointwise(_ConvNd):
+    """What the pointwise convolutions of all ranks share."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.movedim(1, -1)
+        if x.device.type != "cpu" or x.dim() != self.weight.dim() or not last.is_contiguous():
+            return super().forward(x)  # of the convolution that is mixed in
+        if max(self.stride) > 1:
+            last = last[(slice(None), *(slice(None, None, step) for step in self.stride))]
+        return F.linear(last, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class PointwiseConv1d(_Pointwise, nn.Conv1d):
+    """A 1x1 convolution over sequences; see `PointwiseConv2d`."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=bias)
+
+
+class PointwiseConv2d(_Pointwise, nn.Conv2d):
+    """A 1x1 convolution over images, done as one matrix product where channels lie innermost on a CPU.
+
+    The library behind torch's convolution sorts the weights anew in every call, and takes small images for a case of
+    its own, in another layout; the matrix product does neither. Parameters are those of `nn.Conv2d`.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the output.
+        stride: step between output positions.
+        bias: add one number per output channel.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=bias)
+
+
+class PointwiseConv3d(_Pointwise, nn.Conv3d):
+    """A 1x1 convolution over volumes; see `PointwiseConv2d`."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=bias)
+
+
+_CONV = (PointwiseConv1d, PointwiseConv2d, PointwiseConv3d)
 _POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -66,10 +113,10 @@ class BottleneckGenerator(nn.Module):
         conv, hidden = _CONV[rank - 1], channels // reduction
         self.shape = (groups, *kernel_size)
         self.stride = stride
-        self.reduce = conv(channels, hidden, 1, bias=False)
+        self.reduce = conv(channels, hidden, bias=False)
         self.norm = (_NORM[rank - 1] if norm is None else norm)(hidden)
         self.act = act()
-        self.span = conv(hidden, groups * prod(kernel_size), 1)
+        self.span = conv(hidden, groups * prod(kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """Generate the kernel from `x`."""
@@ -149,7 +196,7 @@ class _Involution(nn.Module):
             raise TypeError(f"`generator` must be callable, from x to the kernel; got {generator!r}.")
         self.generator = generator
         width = channels if out_channels is None else _whole("out_channels", out_channels)
-        self.project = nn.Identity() if width == channels else _CONV[self.rank - 1](channels, width, 1)
+        self.project = nn.Identity() if width == channels else _CONV[self.rank - 1](channels, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

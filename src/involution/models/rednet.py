@@ -18,7 +18,7 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from involution.nn import Involution2d
+from involution.nn import Involution2d, PointwiseConv2d
 
 _BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
@@ -35,17 +35,17 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, width: int, stride: int, dilation: int, **involution: Any) -> None:
         super().__init__()
         out = width * _EXPANSION
-        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.conv1 = PointwiseConv2d(channels, width, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = Involution2d(width, stride=stride, dilation=dilation, **involution)
         self.bn2 = nn.BatchNorm2d(width)
         self.act2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.conv3 = PointwiseConv2d(width, out, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or channels != out:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.downsample = nn.Sequential(PointwiseConv2d(channels, out, stride, bias=False), nn.BatchNorm2d(out))
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
