@@ -546,7 +546,7 @@ struct Tasks {
     const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks) : KERNEL_BYTES_PER_TASK / row_bytes;
     row_blocks = ceil_div(rows, most(1, least(rows, rows_per_task)));
     // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
-    const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 8 : 2) * threads;
+    const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 4 : 2) * threads;
     group_blocks = tasks >= wanted ? 1 : least(groups, ceil_div(wanted, most(1, tasks)));
     count = tasks * group_blocks;
   }
@@ -805,11 +805,13 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
   // The features of the task's outputs, [channel][pixel]. Returns how many vectors of pixels there are.
   Index pack_features(const Task& task, Real* to) const {
     const Index columns = task.columns.size(), used = task.rows.size() * columns, vectors = ceil_div(used, Base::WIDEST);
-    for (Index out = task.rows.from; out < task.rows.to; ++out)
-      pack_planes<Base::WIDEST>(to + (out - task.rows.from) * columns, this->pixels,
-                                Base::row_of(p.features, p.features_stride, task.batch, 0, task.depth, out) +
+    const bool one_run = p.features_stride[3] == columns * p.features_stride[4];  // rows follow one another like columns
+    const Index runs = one_run ? 1 : task.rows.size(), length = used / runs;
+    for (Index run = 0; run < runs; ++run)
+      pack_planes<Base::WIDEST>(to + run * length, this->pixels,
+                                Base::row_of(p.features, p.features_stride, task.batch, 0, task.depth, task.rows.from + run) +
                                     task.columns.from * p.features_stride[4],
-                                p.features_stride[1], p.features_stride[4], columns, p.reduced);
+                                p.features_stride[1], p.features_stride[4], length, p.reduced);
     for (Index channel = 0; channel < p.reduced; ++channel)
       std::memset(to + channel * this->pixels + used, 0, sizeof(Real) * (vectors * Base::WIDEST - used));
     return vectors;
