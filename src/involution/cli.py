@@ -7,8 +7,9 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from involution.tasks.names import unknown
+from involution.names import unknown
 
 _DEFAULT_RECIPE = "digits"
 _EXTRAS = {"jsonargparse", "lightning", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
@@ -18,7 +19,7 @@ _COMMANDS = {
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
     "predict": "print the class of every test image, a line each",
-    "bench": "time the operator or a network against its rivals on this machine",
+    "bench": "time the operator, its variants or networks against their rivals on this machine",
 }
 
 
@@ -77,10 +78,14 @@ def _prepare(command: str, args: list[str]) -> Callable[[], None]:
 def _bench(args: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from involution.analysis import bench
+    from involution.analysis.bench_model import model
+    from involution.analysis.bench_op import op
+    from involution.analysis.bench_variants import variants
+    from involution.analysis.readme import readme
 
+    commands: dict[str, Any] = {"op": op, "variants": variants, "model": model, "readme": readme}
     try:
-        auto_cli({"op": bench.op, "model": bench.model}, args=args, prog="involution bench", exit_on_error=False)
+        auto_cli(commands, args=args, prog="involution bench", exit_on_error=False)
     except ArgumentError as error:
         raise ValueError(str(error)) from None
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.nn import Involution2d
+from involution.nn import Involution2d, PointwiseConv2d
 from involution.ops.functional import involution
 
 Operator = Callable[[Tensor, Tensor], Tensor]
+
+OURS = "involution"
 
 
 def unfold(x: Tensor, kernel: Tensor, stride: int = 1, padding: int = 3) -> Tensor:
@@ -55,29 +58,44 @@ def taps_innermost(x: Tensor, kernel: Tensor, padding: int = 3) -> Tensor:
     return total.flatten(3).permute(0, 3, 1, 2)
 
 
-def operators(size: int, channels: int, dtype: torch.dtype, compiled: bool = True) -> dict[str, Operator]:
-    """Operators on (x, kernel) by name, ours first: equal ones, then convolutions of the same size for scale.
+def ours(size: int) -> Operator:
+    """The operator of this library of stride 1, padded to keep the size, for kernels of `size` taps a side, odd."""
+    return partial(involution, padding=size // 2)
+
+
+class Contender(NamedTuple):
+    """An operator, its second argument, which takes a gradient too, and its multiply-adds for an output element."""
+
+    run: Operator
+    weight: Tensor
+    macs: int
+
+
+def operators(x: Tensor, kernel: Tensor, compiled: bool = True) -> dict[str, Contender]:
+    """What can be called on x and its weight, by name, ours first: equal ones, then convolutions for scale.
 
     Args:
-        size: K, odd.
-        channels: C of x.
-        dtype: of the convolutions' weights.
+        x: input, (B, C, H, W).
+        kernel: (B, G, K, K, H, W), K odd.
         compiled: also the compiled loops over taps, which take a minute to compile.
     """
+    channels, size = x.shape[1], kernel.shape[2]
     padding = size // 2
-    depthwise = torch.randn(channels, 1, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    dense = torch.randn(channels, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
-    for weight in (depthwise, dense):
-        weight.requires_grad_()
-    found: dict[str, Operator] = {
-        "involution": lambda x, kernel: involution(x, kernel, padding=padding),
-        "unfold formula": lambda x, kernel: unfold(x, kernel, padding=padding),
+    equal: dict[str, Operator] = {
+        OURS: ours(size),
+        "unfold formula": partial(unfold, padding=padding),
     }
     if compiled:
+        torch._dynamo.reset()  # it falls back to eager code without a word after eight shapes
         for name, loop in (("compiled taps", taps), ("compiled taps, channels innermost", taps_innermost)):
-            found[name] = torch.compile(partial(loop, padding=padding), dynamic=False)
-    found[f"depthwise {size}x{size}"] = lambda x, _: F.conv2d(x, depthwise, padding=padding, groups=channels)
-    found["dense 3x3"] = lambda x, _: F.conv2d(x, dense, padding=1)
+            equal[name] = torch.compile(partial(loop, padding=padding), dynamic=False)
+    found = {name: Contender(run, kernel, size**2) for name, run in equal.items()}
+    depthwise = torch.randn(channels, 1, size, size, dtype=x.dtype).to(memory_format=torch.channels_last)
+    dense = torch.randn(channels, channels, 3, 3, dtype=x.dtype).to(memory_format=torch.channels_last)
+    found[f"depthwise {size}x{size}"] = Contender(
+        partial(F.conv2d, padding=padding, groups=channels), depthwise.requires_grad_(), size**2
+    )
+    found["dense 3x3"] = Contender(partial(F.conv2d, padding=1), dense.requires_grad_(), 9 * channels)
     return found
 
 
@@ -91,6 +109,19 @@ class UnfoldInvolution2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer."""
         return unfold(x, self.generator(x), self.window.stride[0], self.window.padding[0])
+
+
+def with_matrix_products(network: nn.Module) -> nn.Module:
+    """`network` with every 1x1 convolution as RedNet has it, a `PointwiseConv2d`, changed in place."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Conv2d and child.kernel_size == (1, 1) and child.groups == 1:
+                product = PointwiseConv2d(
+                    child.in_channels, child.out_channels, child.stride[0], bias=child.bias is not None
+                )
+                product.load_state_dict(child.state_dict())
+                setattr(module, name, product)
+    return network
 
 
 def with_unfold(network: nn.Module) -> nn.Module:

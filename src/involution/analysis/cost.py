@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import quantiles
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def parameters(network: nn.Module) -> int:
@@ -24,12 +27,12 @@ def macs(network: nn.Module, image: Tensor) -> int:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[Name, Callable[[], object]],
     rounds: int = 100,
     warm_up: int = 10,
     seconds: float = float("inf"),
     device: torch.device | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Milliseconds of every run in every round.
 
     The runs take turns, so that whatever else the machine does hits all alike: compare them by ratios.
@@ -40,8 +43,13 @@ def interleaved(
         warm_up: rounds before those.
         seconds: begin no further round after this time.
         device: the accelerator to wait for, if the runs use one.
+
+    Raises:
+        ValueError: if there is no round.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     begin = perf_counter()
     for index in range(warm_up + rounds):
         if perf_counter() - begin > seconds and index > warm_up:

@@ -1,7 +1,7 @@
 """FLOP formulas of the ops for `torch.utils.flop_counter.FlopCounterMode`.
 
-Each op does one multiply-add, counted as two FLOPs, for every channel, tap and output position; a generated kernel takes
-those of its 1x1 convolution besides.
+Each op does one multiply-add, counted as two FLOPs, for every channel, tap and output position; a generated kernel
+takes those of its 1x1 convolution besides.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def generated(
 
 
 def span(features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints) -> Tensor:
-    """The kernel (B, G, *K, *O) whose taps at a position are weight (G * T, R) @ features (B, R, *O) + bias (G * T,)."""
+    """The kernel (B, G, *K, *O): weight (G * T, R) @ features (B, R, *O) + bias (G * T,) at every position."""
     taps = F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)  # channels innermost, as the loops like it
     return taps.unflatten(1, (-1, *kernel_size))
 

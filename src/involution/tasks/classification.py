@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from involution.models import RedNet, mirrored_resnet
-from involution.tasks.names import unknown
+from involution.names import unknown
 from involution.weights import mismatch
 
 # What a RedNet understands and its mirror, which has no involutions, does not.

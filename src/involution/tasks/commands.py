@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from involution.data import Digits
+from involution.names import unknown
 from involution.tasks.classification import Classification
-from involution.tasks.names import unknown
 from involution.tasks.progress import Progress
 
 

@@ -1,0 +1,132 @@
+"""The involution that a benchmark times: its size, its tensors, its passes, and whether the operator gets it right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from involution.analysis import contenders
+
+PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}  # by direction; each has the forward pass's multiply-adds
+SHAPES = ((8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7))  # where RedNet-50 uses its involutions, in batches of 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An involution of stride 1 that keeps the size.
+
+    Args:
+        batch: B.
+        channels: C.
+        side: H and W.
+        kernel_size: K, odd.
+        group_channels: D, channels that share a kernel; it divides C.
+        dtype: of all tensors, as torch names it.
+        layout: memory format of all tensors, channels_last or contiguous.
+
+    Raises:
+        ValueError: if the sizes do not fit one another.
+    """
+
+    batch: int
+    channels: int
+    side: int
+    kernel_size: int = 7
+    group_channels: int = 16
+    dtype: str = "float32"
+    layout: str = "channels_last"
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.channels, self.side) < 1:
+            raise ValueError(f"`shapes` must hold sizes of at least 1; got {self.shape}.")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd and at least 1; got {self.kernel_size}.")
+        if self.group_channels < 1 or self.channels % self.group_channels:
+            raise ValueError(
+                f"`group_channels` must divide the channels in `shapes`; got {self.group_channels} and {self.channels}."
+            )
+
+    @property
+    def shape(self) -> str:
+        """Of x, as benchmarks name it."""
+        return f"{self.batch}x{self.channels}x{self.side}x{self.side}"
+
+    def described(self) -> dict[str, Any]:
+        """The fields of a row that tell the problem."""
+        window = f"K{self.kernel_size} D{self.group_channels}"
+        return {"shape": self.shape, "window": window, "dtype": self.dtype, "layout": self.layout}
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, C, H, W) and kernel (B, G, K, K, H, W), both leaves, and the gradient of the output (B, C, H, W)."""
+        memory = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        groups, size = self.channels // self.group_channels, self.kernel_size
+        x, kernel, grad = (
+            torch.randn(self.batch, channels, self.side, self.side)
+            .to(getattr(torch, self.dtype))
+            .contiguous(memory_format=memory)
+            for channels in (self.channels, groups * size**2, self.channels)
+        )
+        return x.requires_grad_(), kernel.unflatten(1, (groups, size, size)).requires_grad_(), grad
+
+
+def problems(shapes: Sequence[tuple[int, int, int]], **settings: Any) -> list[Problem]:
+    """A problem for each batch, channels and side in `shapes`.
+
+    Raises:
+        ValueError: if there is no shape, or one does not fit the settings.
+    """
+    if not shapes:
+        raise ValueError("`shapes` must hold at least one batch, channels and side; got none.")
+    return [Problem(*shape, **settings) for shape in shapes]
+
+
+def timed(run: contenders.Operator, x: Tensor, weight: Tensor, grad: Tensor, direction: str) -> Callable[[], object]:
+    """The call that a benchmark times.
+
+    Args:
+        run: the operator.
+        x: its input, a leaf.
+        weight: its second argument, a leaf.
+        grad: the gradient of its output.
+        direction: forward, without a graph; backward, both gradients from a graph built here; or forward+backward.
+    """
+    if direction == "backward":
+        return partial(torch.autograd.grad, run(x, weight), (x, weight), grad, retain_graph=True)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(x, weight)
+
+    def both() -> object:
+        return torch.autograd.grad(run(x, weight), (x, weight), grad)
+
+    return forward if direction == "forward" else both
+
+
+def check(run: contenders.Operator, x: Tensor, kernel: Tensor, grad: Tensor) -> None:
+    """Hold the first image's output and gradients against the unfold formula in float64.
+
+    Raises:
+        RuntimeError: if one of them is wrong.
+    """
+    x, kernel, grad = x.detach()[:1], kernel.detach()[:1], grad[:1]
+    exact = partial(contenders.unfold, padding=kernel.shape[2] // 2)
+    found, expected = _results(run, x, kernel, grad), _results(exact, x.double(), kernel.double(), grad.double())
+    allowed = 4 * torch.finfo(x.dtype).eps
+    for name, got, right in zip(("output", "gradient of x", "gradient of the kernel"), found, expected, strict=True):
+        error = (got.double() - right).abs().max() / right.abs().max()
+        if not error <= allowed:
+            raise RuntimeError(
+                f"the operator's {name} is wrong here: relative error {error:.2g}, allowed {allowed:.2g}. Not timed."
+            )
+
+
+def _results(run: contenders.Operator, x: Tensor, kernel: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    x, kernel = x.requires_grad_(), kernel.requires_grad_()
+    y = run(x, kernel)
+    return y.detach(), *torch.autograd.grad(y, (x, kernel), grad)

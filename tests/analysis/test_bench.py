@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+
+from involution.analysis import bench_model, bench_op, bench_variants, contenders, cost, problem, record
+from involution.cli import main
+
+SHAPES = [(1, 64, 8)]
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(cost, "interleaved", refuse)
+
+
+def test_the_operator_and_its_rivals_are_recorded(tmp_path, capsys):
+    rows = bench_op.op(SHAPES, compiled=False, memory=False, rounds=1, plot=tmp_path / "op.png", out=tmp_path)
+    assert record.read(tmp_path / "op.csv") == rows
+    rivals = ["involution", "unfold formula", "depthwise 7x7", "dense 3x3"]
+    assert [(row.direction, row.contender) for row in rows] == [
+        *(("forward", name) for name in [*rivals, "copy of 64 MiB"]),
+        *(("backward", name) for name in rivals),
+        *(("forward+backward", name) for name in rivals),
+    ]
+    ours = rows[0]
+    assert (ours.shape, ours.window, ours.base, ours.peak_mib) == ("1x64x8x8", "K7 D16", "involution", None)
+    assert ours.gflops == pytest.approx(2e-6 * 64 * 64 * 49 / ours.p50_ms, rel=1e-3)
+    assert "| backward, ms (times as long) |" in capsys.readouterr().out
+    assert (tmp_path / "op.png").exists()
+
+
+def test_every_variant_is_recorded_with_its_settings(tmp_path, capsys):
+    rows = bench_variants.variants(SHAPES, ["forward"], rounds=1, out=tmp_path)
+    assert record.read(tmp_path / "variants.csv") == rows
+    kinds = {row.contender: (row.window, row.dtype, row.layout) for row in rows}
+    assert kinds == {
+        "base": ("K7 D16", "float32", "channels_last"),
+        "contiguous": ("K7 D16", "float32", "contiguous"),
+        "bfloat16": ("K7 D16", "bfloat16", "channels_last"),
+        "float16": ("K7 D16", "float16", "channels_last"),
+        "one thread": ("K7 D16", "float32", "channels_last"),
+        **{f"K {size}": (f"K{size} D16", "float32", "channels_last") for size in (3, 5, 9)},
+        **{f"D {channels}": (f"K7 D{channels}", "float32", "channels_last") for channels in (4, 8, 32, 64)},
+        "call": ("K3 D16", "float32", "channels_last"),
+    }
+    threads = torch.get_num_threads()
+    assert {row.contender for row in rows if row.threads != threads} <= {"one thread", "call"}
+    assert [row.threads for row in rows if row.contender == "one thread"] == [1]
+    out = capsys.readouterr().out
+    assert "| forward, ms (times as long a FLOP) |" in out
+    assert f"call overhead: {1e3 * rows[-1].p50_ms:.1f} microseconds" in out
+
+
+def test_one_thread_is_one_thread_and_for_one_call_only():
+    threads, seen = torch.get_num_threads(), []
+    bench_variants._on_one_thread(lambda: seen.append(torch.get_num_threads()))
+    assert (seen, torch.get_num_threads()) == ([1], threads)
+
+
+def wrong_output(x, kernel, padding):
+    return 1.01 * contenders.unfold(x, kernel, padding=padding)
+
+
+def wrong_gradient(x, kernel, padding):
+    return contenders.unfold(x.detach() + 1.01 * (x - x.detach()), kernel, padding=padding)
+
+
+@pytest.mark.parametrize(("wrong", "told"), [(wrong_output, "output"), (wrong_gradient, "gradient of x")])
+def test_a_wrong_operator_is_not_timed(wrong, told, monkeypatch, untimed, tmp_path):
+    monkeypatch.setattr(contenders, "involution", wrong)
+    for run in (lambda: bench_op.op(SHAPES, compiled=False, out=tmp_path), lambda: bench_variants.variants(SHAPES)):
+        with pytest.raises(RuntimeError, match=f"the operator's {told} is wrong here: relative error .* Not timed"):
+            run()
+    assert not (tmp_path / "op.csv").exists()
+
+
+@pytest.mark.parametrize("direction", problem.PASSES)
+def test_a_pass_computes_what_it_is_named_for(direction):
+    x, kernel, grad = problem.Problem(1, 16, 5, kernel_size=3).tensors()
+    run = problem.timed(contenders.ours(3), x, kernel, grad, direction)
+    run()
+    result = run()  # again, for backward keeps its graph
+    if direction == "forward":
+        assert not result.requires_grad
+        torch.testing.assert_close(result, contenders.unfold(x, kernel, padding=1).detach())
+    else:
+        expected = torch.autograd.grad(contenders.unfold(x, kernel, padding=1), (x, kernel), grad)
+        torch.testing.assert_close(result, expected)
+    assert (x.grad, kernel.grad) == (None, None)
+
+
+def test_the_memory_of_the_operator_is_that_of_its_results(tmp_path):
+    shape = (1, 64, 128)
+    rows = bench_op.op([shape], kernel_size=3, compiled=False, rounds=1, out=tmp_path)
+    peaks = {(row.contender, row.direction): row.peak_mib for row in rows}
+    assert peaks["involution", "backward"] is None
+    if peaks["involution", "forward"] is not None:
+        mib = math.prod(shape) * shape[-1] * 4 / 2**20  # of x
+        assert mib <= peaks["involution", "forward"] < 3 * mib
+        assert 9 * mib < peaks["unfold formula", "forward"]
+
+
+def test_networks_are_recorded_with_their_mirror(tmp_path, capsys):
+    rows = bench_model.model(
+        ["rednet26"], [1, 2], 64, ["inference", "training step"], memory=False, rounds=1, out=tmp_path
+    )
+    assert record.read(tmp_path / "model.csv") == rows
+    names = ["rednet26", "resnet26", "rednet26 (unfold formula)"]
+    assert [row.contender for row in rows] == 3 * names
+    assert [row.base for row in rows] == 3 * ["resnet26", "resnet26", "rednet26"]
+    assert [(row.direction, row.shape) for row in rows[::3]] == [
+        *(("inference", "1x3x64x64"), ("inference", "2x3x64x64"), ("training step", "2x3x64x64"))
+    ]
+    assert "| rednet26 / resnet26 " in capsys.readouterr().out
+
+
+def test_a_network_unlike_its_formula_is_not_timed(monkeypatch, untimed, tmp_path):
+    unfold = contenders.unfold
+    monkeypatch.setattr(contenders, "unfold", lambda *args: 1.1 * unfold(*args))
+    with pytest.raises(RuntimeError, match="disagree. Not timed"):
+        bench_model.model(["rednet26"], [1], 64, ["inference"], out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["op", "--shapes", "[]"], "`shapes` must hold at least one batch, channels and side; got none."),
+        (["op", "--shapes", "[[1,16,0]]"], "`shapes` must hold sizes of at least 1; got 1x16x0x0."),
+        (["op", "--shapes", "[[1,16,4]]", "--rounds", "0"], "`rounds` must be at least 1; got 0."),
+        (["op", "--kernel_size", "4"], "`kernel_size` must be odd and at least 1; got 4."),
+        (["op", "--group_channels", "24"], "`group_channels` must divide the channels in `shapes`; got 24 and 64."),
+        (["variants", "--shapes", "[]"], "`shapes` must hold at least one batch, channels and side; got none."),
+        (["variants", "--directions", "[]"], "`directions` must hold at least one; got none."),
+        (
+            ["variants", "--shapes", "[[1,16,4]]"],
+            "`group_channels` must divide the channels in `shapes`; got 32 and 16.",
+        ),
+        (["model", "--archs", "[rednet51]"], "`archs`: unknown RedNet 'rednet51'; did you mean 'rednet50'?"),
+        (["model", "--archs", "[]"], "`archs` must hold at least one; got none."),
+        (["model", "--batches", "[0]"], "`batches` and `size` must be at least 1; got [0] and 224."),
+        (["readme", "--folder", "benchmarks", "--file", "nowhere.md"], "nowhere.md"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(args, told, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *args]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.csv"))
