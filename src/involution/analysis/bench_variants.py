@@ -56,6 +56,8 @@ def variants(
     cases = {
         (name, problem.shape): problem for name, changes in _VARIANTS.items() for problem in problems(shapes, **changes)
     }
+    if not directions:
+        raise ValueError("`directions` must hold at least one; got none.")
     record.check(out / "variants.csv")
     here = record.here()
     rows = [*_rows(cases, directions, rounds, here), _overhead(rounds, here)]
