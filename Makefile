@@ -1,10 +1,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup train test test-slow lint
+.PHONY: help setup train test test-slow sanitize arm64 lint
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 setup: ## Make the virtual environment .venv with pinned versions and the compiled library
 	@$(MAKE) --no-print-directory -j2 .venv/.dependencies .venv/.compiled
@@ -31,6 +31,29 @@ test: setup lint ## Check style, types and imports, then run the default tests
 
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# Preloaded, as python itself is not linked with it; libstdc++ so that it finds the exceptions of others.
+ASAN := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)"
+# Fresh memory is all ones, which is NaN; python leaks on purpose.
+ASAN += ASAN_OPTIONS=detect_leaks=0:redzone=512:malloc_fill_byte=255:max_malloc_fill_size=1000000000
+ASAN += UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: setup build/sanitized/.compiled ## Run the operator's tests under the address and undefined behaviour sanitizers
+	$(ASAN) $(BIN)/python -m pytest --capture=sys --libraries build/sanitized \
+		tests/ops/test_implementations.py tests/ops/test_generated.py tests/ops/sanitized.py
+
+build/sanitized/.compiled: CMakeLists.txt src/involution/csrc/involution.cpp
+	cmake -S . -B build/sanitized -DSANITIZE=ON -DCMAKE_CXX_COMPILER=g++
+	cmake --build build/sanitized --parallel 2
+	@touch $@
+
+arm64: ## Compile the library for arm64, without running it
+	@if command -v aarch64-linux-gnu-g++ >/dev/null; then compiler=aarch64-linux-gnu-g++; \
+	elif echo '#include <cstdint>' | clang++ --target=aarch64-linux-gnu -x c++ -fsyntax-only - 2>/dev/null; then compiler=clang++; \
+	else echo 'There is no compiler for arm64 here: install the Debian package g++-aarch64-linux-gnu.'; exit 1; fi; \
+	rm -rf build/arm64 && cmake -S . -B build/arm64 -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS=-Werror \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=$$compiler -DCMAKE_CXX_COMPILER_TARGET=aarch64-linux-gnu && cmake --build build/arm64
 
 lint: setup
 	$(BIN)/ruff check .

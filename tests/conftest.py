@@ -2,16 +2,33 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from involution.ops import cpu
 
 # Without it cuBLAS refuses to run in the deterministic mode below.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 settings.register_profile("bounded", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("bounded")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--libraries", type=Path, help="test the compiled libraries in this folder, not the package's")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--libraries", None)
+    if folder is not None:
+        cpu._load = partial(cpu._load, folder=folder)
+        cpu._library, cpu._description = cpu._load()
+        if cpu._library is None:
+            raise pytest.UsageError(f"--libraries {folder}: {cpu._description}")
 
 
 @pytest.fixture(autouse=True)

@@ -130,10 +130,10 @@ def _run(
         )
 
 
-def _load(variant: str | None = None) -> tuple[ctypes.CDLL | None, str]:
-    """The library compiled for `variant`, by default the best this processor runs, and what to say of it."""
+def _load(variant: str | None = None, folder: Path = Path(__file__).parent) -> tuple[ctypes.CDLL | None, str]:
+    """The library in `folder` for `variant`, by default the best this processor runs, and what to say of it."""
     variant = variant or _SUFFIXES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    path = Path(__file__).with_name(f"libinvolution-{variant}.so")
+    path = folder / f"libinvolution-{variant}.so"
     if not path.exists():
         return None, "reference (the compiled library is missing: install the package to build it)"
     try:

@@ -1,0 +1,88 @@
+"""What only the compiler's sanitizers see in the compiled library: run by `make sanitize`, and by nothing else."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from involution.ops import cpu
+
+from ..cases import CASES, DTYPES, LAYOUTS, OPS, Case, run_served
+
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_NEEDED = {"baseline": (), "avx2": ("AVX2", "AVX512"), "avx512": ("AVX512",)}  # one of these, or nothing
+
+
+@pytest.fixture(autouse=True)
+def libraries(pytestconfig: pytest.Config) -> Path:
+    folder = pytestconfig.getoption("--libraries")
+    if folder is None:
+        pytest.skip("needs the library that the sanitizers watch, and their runtime: run `make sanitize`")
+    return folder
+
+
+def _calls(case: Case, dtype: torch.dtype, layout: str) -> list[partial[torch.Tensor]]:
+    """Each of the four ops on a case, ready to be called."""
+    tensors = [lay(t, len(case.size)) for lay, t in zip(LAYOUTS[layout], case.tensors(dtype), strict=True)]
+    x, _, grad = tensors
+    w, taps = case.window, case.groups * prod(case.window.kernel_size)
+    features = LAYOUTS[layout][0](torch.randn(case.batch, 5, *grad.shape[2:]).to(dtype), len(case.size))
+    generator = (features, torch.randn(taps, 5).to(dtype), torch.randn(taps).to(dtype))
+    settings = (w.kernel_size, w.stride, w.padding, w.dilation)
+    return [
+        *(partial(run_served, op, *tensors, w) for op in OPS),
+        partial(torch.ops.involution.generated, x, *generator, *settings),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", _NEEDED)
+def test_new_scratch_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype, layout: str
+) -> None:
+    """A new thread's scratch is no larger than its one call needs, and full of NaN: `make sanitize` fills it so."""
+    if _NEEDED[variant] and _CAPABILITY not in _NEEDED[variant]:
+        pytest.skip(f"no processor for {variant}: this one has {_CAPABILITY}")
+    library, description = cpu._load(variant)
+    assert library is not None, description
+    monkeypatch.setattr(cpu, "_library", library)
+    for case in CASES:
+        for call in _calls(case, dtype, layout):
+            with ThreadPoolExecutor(1) as new:
+                assert torch.equal(new.submit(call).result(), call()), f"{case}: {call}"
+
+
+_SHORT = """
+from pathlib import Path
+import torch
+from involution.ops import cpu
+
+cpu._library, description = cpu._load({variant!r}, Path({folder!r}))
+assert cpu._library is not None, description
+x, kernel = torch.randn(1, 4, 5, 6), torch.randn(1, 1, 3, 3, 5, 6)
+whole, short = torch.zeros(1, 4, 5, 6), torch.zeros(1, 4, 4, 6)
+window = ([1, 1], [1, 1], [1, 1])
+for y in (whole, short):
+    if {access!r} == "WRITE":
+        cpu.forward(y, x, kernel, *window)
+    else:
+        cpu.grad_x(x, y, kernel, *window)
+    print("returned", flush=True)
+"""
+
+
+@pytest.mark.parametrize("access", ["READ", "WRITE"])
+def test_the_sanitizer_sees_an_overrun_of_a_tensor(libraries: Path, access: str) -> None:
+    """Called beneath every check, with an output (or its gradient) one row too short: the process must end there."""
+    code = _SHORT.format(access=access, variant="baseline", folder=str(libraries.resolve()))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["returned"], ran.stderr  # with the whole tensor, and only with that
+    assert ran.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in ran.stderr
+    assert f"{access} of size" in ran.stderr
