@@ -166,6 +166,18 @@ struct Range {
 
 template <int LANES, class To, class From>
 inline void copy_lanes(To* to, const From* from) {
+#if defined(__F16C__)  // compilers do not make vectors of these conversions by themselves
+  if constexpr (std::is_same_v<To, float> && std::is_same_v<From, Float16> && LANES % 8 == 0) {
+    for (int lane = 0; lane < LANES; lane += 8)
+      _mm256_storeu_ps(to + lane, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + lane))));
+    return;
+  }
+  if constexpr (std::is_same_v<To, Float16> && std::is_same_v<From, float> && LANES % 8 == 0) {
+    for (int lane = 0; lane < LANES; lane += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane), _mm256_cvtps_ph(_mm256_loadu_ps(from + lane), 0));
+    return;
+  }
+#endif
   if constexpr (std::is_same_v<To, From>) {
     using V = typename Vector<To, LANES>::type;
     store<V>(to, load<V>(from));
@@ -173,6 +185,18 @@ inline void copy_lanes(To* to, const From* from) {
     for (int lane = 0; lane < LANES; ++lane) to[lane] = widen(from[lane]);
   } else {
     for (int lane = 0; lane < LANES; ++lane) narrow(from[lane], to[lane]);
+  }
+}
+
+// A run of elements, to the type computed in.
+template <class To, class From>
+inline void widen_run(To* to, const From* from, Index count) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, sizeof(To) * count);
+  } else {
+    Index i = 0;
+    for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
+    for (; i < count; ++i) to[i] = widen(from[i]);
   }
 }
 
@@ -300,7 +324,7 @@ void pack_planes(Real* to, Index to_step, const Element* from, Index channel_ste
     Real* target = to + channel * to_step;
     const Element* row = from + channel * channel_step;
     if (column_step == 1) {
-      for (Index column = 0; column < columns; ++column) target[column] = widen(row[column]);
+      widen_run(target, row, columns);
     } else {
       for (Index column = 0; column < columns; ++column) target[column] = widen(row[column * column_step]);
     }
@@ -340,7 +364,7 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
   if (taps_in_one_run(p)) {
     const Index first = depths.from * at.tap_depth, count = depths.size() * at.tap_depth;
     for (Index output = 0; output < outputs; ++output)
-      for (Index tap = first; tap < first + count; ++tap) to[output * at.tap_output + tap] = widen(from[output * step[5] + tap]);
+      widen_run(to + output * at.tap_output + first, from + output * step[5] + first, count);
     return;
   }
   for (Index depth = depths.from; depth < depths.to; ++depth)
@@ -348,6 +372,10 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
       for (Index tap = 0; tap < p.kernel[2]; ++tap) {
         const Element* source = from + depth * step[0] + row * step[1] + tap * step[2];
         Real* target = to + depth * at.tap_depth + row * at.tap_row + tap * at.tap_column;
+        if (at.tap_output == 1 && step[5] == 1) {
+          widen_run(target, source, outputs);
+          continue;
+        }
         for (Index output = 0; output < outputs; ++output) target[output * at.tap_output] = widen(source[output * step[5]]);
       }
 }
