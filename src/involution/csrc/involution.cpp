@@ -130,13 +130,27 @@ struct Vector {
   typedef Real type __attribute__((vector_size(sizeof(Real) * LANES), aligned(sizeof(Real)), may_alias));
 };
 
+// At any address. clang forgets in a template that the type asks for no alignment, and would move it as if it were aligned;
+// g++ does not, and makes somewhat slower code of a copy.
 template <class V, class Real>
 inline V load(const Real* from) {
+#if defined(__clang__)
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+#else
+  static_assert(alignof(V) == alignof(Real));
   return *reinterpret_cast<const V*>(from);
+#endif
 }
 template <class V, class Real>
 inline void store(Real* to, V value) {
+#if defined(__clang__)
+  std::memcpy(to, &value, sizeof value);
+#else
+  static_assert(alignof(V) == alignof(Real));
   *reinterpret_cast<V*>(to) = value;
+#endif
 }
 
 inline Index ceil_div(Index a, Index b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
@@ -561,7 +575,7 @@ void span(Real* taps, const Problem& p, Index group, const Real* features, Index
 constexpr Index COLUMNS_PER_TASK = 512;
 constexpr Index KERNEL_BYTES_PER_TASK = 320 << 10;  // the taps of a task's rows stay in the second-level cache between groups
 constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated, so do those of one group
-constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
+[[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
 
 // How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups.
 struct Tasks {
@@ -598,7 +612,7 @@ class Arena {
   explicit Arena(char* base) : base_(base) {}
   template <class T>
   T* take(Index count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
     used_ = count >= TOO_MUCH / 8 ? TOO_MUCH : used_ + ((count * Index(sizeof(T)) + 63) & ~Index(63));
     return piece;
   }
