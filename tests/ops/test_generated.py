@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from involution import Involution2d
-from involution.ops import cpu, functional, reference
+from involution.ops import functional, reference
 from involution.ops.functional import generated_involution
 
 from ..cases import CASES, DTYPES, LAYOUTS, Case, case, run_reference
 
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
 _SMALL = (
     case((5,), 3, stride=2, padding=1, batch=2, group_channels=2),
     case((4, 3), (2, 3), stride=(1, 2), padding=1, dilation=(2, 1), batch=1, group_channels=2),
@@ -62,13 +61,8 @@ def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["baseline", "avx2", "avx512"])
-def test_every_variant_of_the_library(monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype) -> None:
-    capable = ["baseline", *{"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}.get(_CAPABILITY, [])]
-    library, _ = cpu._load(variant)
-    if variant not in capable or library is None:
-        pytest.skip(f"no library for {variant}, or no processor: this one has {_CAPABILITY}")
-    monkeypatch.setattr(cpu, "_library", library)
+@pytest.mark.usefixtures("variant")
+def test_every_variant_of_the_library(dtype: torch.dtype) -> None:
     for each in CASES:
         _check(each, dtype, "channels_last")
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from involution import implementations
-from involution.ops import cpu
 
 from ..cases import (
     CASES,
@@ -23,8 +22,6 @@ from ..cases import (
     run_served,
 )
 
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
-
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,15 +32,8 @@ def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: s
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["baseline", "avx2", "avx512"])
-def test_every_variant_of_the_library(
-    monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype, layout: str
-) -> None:
-    capable = ["baseline", *{"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}.get(_CAPABILITY, [])]
-    library, _ = cpu._load(variant)
-    if variant not in capable or library is None:
-        pytest.skip(f"no library for {variant}, or no processor: this one has {_CAPABILITY}")
-    monkeypatch.setattr(cpu, "_library", library)
+@pytest.mark.usefixtures("variant")
+def test_every_variant_of_the_library(dtype: torch.dtype, layout: str) -> None:
     for each in CASES:
         problem(each, dtype).check(run_served, LAYOUTS[layout])
 

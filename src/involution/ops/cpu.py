@@ -34,29 +34,10 @@ def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints,
 
 
 def generated(
-    out: Tensor,
-    x: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
+    out: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
-    """Fill `out` with the involution of `x` by the kernel weight @ features + bias, made tile by tile in the cache.
-
-    Args:
-        out: (B, C, *O).
-        x: (B, C, *S).
-        features: (B, R, *O).
-        weight: (G * T, R).
-        bias: (G * T,).
-        kernel_size: *K.
-        stride: one int per axis.
-        padding: one int per axis.
-        dilation: one int per axis.
-    """
+    """Fill `out` as `reference.generated` does, with the kernel made tile by tile in the cache."""
+    stride, padding, dilation = window
     accurate = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(accurate).contiguous(), bias.to(accurate).contiguous()
     missing = 3 - len(kernel_size)

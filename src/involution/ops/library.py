@@ -60,16 +60,7 @@ def _allocate_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, di
     return _allocate(x, (*x.shape[:2], *kernel.shape[x.dim() :]))
 
 
-def _allocate_generated(
-    x: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-) -> Tensor:
+def _allocate_generated(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, *window: Ints) -> Tensor:
     return _allocate(x, (*x.shape[:2], *features.shape[2:]))
 
 
@@ -102,19 +93,10 @@ def _register(key: str, implementation: Any) -> None:
             implementation.forward(out, x, kernel, stride, padding, dilation)
         return out
 
-    def run_generated(
-        x: Tensor,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        kernel_size: Ints,
-        stride: Ints,
-        padding: Ints,
-        dilation: Ints,
-    ) -> Tensor:
-        out = _allocate_generated(x, features, weight, bias, kernel_size, stride, padding, dilation)
+    def run_generated(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, *window: Ints) -> Tensor:
+        out = _allocate_generated(x, features, weight, bias)
         if out.numel():
-            implementation.generated(out, x, features, weight, bias, kernel_size, stride, padding, dilation)
+            implementation.generated(out, x, features, weight, bias, *window)
         return out
 
     def run_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:

@@ -27,18 +27,10 @@ def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints,
 
 
 def generated(
-    out: Tensor,
-    x: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
+    out: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
-    """Fill `out` with the involution of `x` by the kernel that `span` generates."""
-    forward(out, x, span(features, weight, bias, kernel_size), stride, padding, dilation)
+    """Fill `out` with the involution of `x` by the kernel that `span` generates; `window` as in `forward`."""
+    forward(out, x, span(features, weight, bias, kernel_size), *window)
 
 
 def span(features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints) -> Tensor:
