@@ -20,7 +20,7 @@ from involution.names import unknown
 
 Direction = Literal["inference", "inference compiled", "training step"]
 
-_FORMULA, _PRODUCTS = " (unfold formula)", " (matrix products)"
+_FORMULA, _PRODUCTS, _STORED = " (unfold formula)", " (matrix products)", " (kernels stored)"
 
 
 def model(
@@ -36,7 +36,8 @@ def model(
 ) -> list[Row]:
     """Time RedNets against the ResNets they mirror, and against themselves on the unfold formula.
 
-    The ResNets are timm's, and once more with 1x1 convolutions done as matrix products, as RedNet does them.
+    The ResNets are timm's, and once more with 1x1 convolutions done as matrix products, as RedNet does them. RedNet is
+    timed once more with layers that store their kernels, too.
 
     Args:
         archs: any of rednet26, rednet38, rednet50, rednet101 and rednet152.
@@ -60,14 +61,16 @@ def model(
     for arch in archs:
         torch.manual_seed(0)
         mirror = f"resnet{arch.removeprefix('rednet')}"
-        bases = {arch: mirror, mirror: mirror, mirror + _PRODUCTS: mirror}
+        bases = {arch: mirror, mirror: mirror, mirror + _PRODUCTS: mirror, arch + _STORED: arch}
         if unfold:
             bases[arch + _FORMULA] = arch
         networks = {name: _network(name) for name in bases}
         for batch in batches:
             chosen = [d for d in directions if d != "training step" or batch == max(batches)]
-            rows += _rows(networks, bases, _images(batch, size), chosen, memory, rounds, here)
-    record.add(rows, out / "model.csv")
+            found = _rows(networks, bases, _images(batch, size), chosen, memory, rounds, here)
+            record.add(found, out / "model.csv")  # at once: what follows takes minutes, and may be interrupted
+            rows += found
+    print(f"\nrows added to {out / 'model.csv'}")
     for quantity in (table.TIME, table.MEMORY) if memory else (table.TIME,):
         print(f"\n{table.with_ratios(rows, quantity)}")
     if plot:
@@ -89,10 +92,11 @@ def _check(archs: Sequence[str], batches: Sequence[int], size: int, directions: 
 
 def _network(name: str) -> nn.Module:
     """A network by the name that rows give it, in channels-last layout."""
-    arch = name.removesuffix(_FORMULA).removesuffix(_PRODUCTS)
-    network = (
-        timm.create_model(arch) if arch.startswith("rednet") else mirrored_resnet(int(arch.removeprefix("resnet")))
-    )
+    arch = name.partition(" ")[0]
+    if arch.startswith("rednet"):
+        network = timm.create_model(arch, fused=not name.endswith(_STORED))
+    else:
+        network = mirrored_resnet(int(arch.removeprefix("resnet")))
     if name.endswith(_FORMULA):
         network = contenders.with_unfold(network)
     if name.endswith(_PRODUCTS):

@@ -52,9 +52,13 @@ def op(
     cases = problems(shapes, kernel_size=kernel_size, group_channels=group_channels, dtype=dtype, layout=layout)
     record.check(out / "op.csv")
     here = record.here()
+    rows: list[Row] = []
     with functorch.patch(donated_buffer=False):  # else compiled code could not go backward through one graph twice
-        rows = [row for case in cases for row in _rows(case, compiled, memory, rounds, here)]
-    record.add(rows, out / "op.csv")
+        for case in cases:
+            found = _rows(case, compiled, memory, rounds, here)
+            record.add(found, out / "op.csv")  # at once: the next shape takes minutes, and may be interrupted
+            rows += found
+    print(f"\nrows added to {out / 'op.csv'}")
     for quantity in (table.TIME, table.MEMORY) if memory else (table.TIME,):
         print(f"\n{table.against_base(rows, quantity)}")
     if plot:

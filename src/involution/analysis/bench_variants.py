@@ -62,6 +62,7 @@ def variants(
     here = record.here()
     rows = [*_rows(cases, directions, rounds, here), _overhead(rounds, here)]
     record.add(rows, out / "variants.csv")
+    print(f"\nrows added to {out / 'variants.csv'}")
     print(f"\n{table.against_base(rows[:-1], table.TIME_PER_FLOP)}")
     print(f"\ncall overhead: {1e3 * rows[-1].p50_ms:.1f} microseconds")
     if plot:

@@ -108,7 +108,6 @@ def add(rows: Iterable[Row], path: Path) -> None:
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    print(f"\nrows added to {path}")
 
 
 def read(path: Path) -> list[Row]:

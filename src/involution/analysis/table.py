@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
@@ -34,18 +34,15 @@ def against_base(rows: Sequence[Row], quantity: Quantity) -> str:
         quantity: what to show; a direction in which no row has it is left out.
     """
     tables = []
-    for direction, here in _by_direction(rows, quantity).items():
-        shapes = _unique(row.shape for row in here.values())
-        ratios = _ratios(here, quantity)
-        lines = [[f"{direction}, {quantity.unit} ({quantity.ratio})", *shapes, "geometric mean"]]
-        for name in _unique(row.contender for row in here.values()):
-            values = [quantity.value(here[name, shape]) if (name, shape) in here else None for shape in shapes]
-            own = [ratios.get((name, shape)) for shape in shapes]
+    for panel in _panels(rows, quantity):
+        lines = [[f"{panel.direction}, {quantity.unit} ({quantity.ratio})", *panel.shapes, "geometric mean"]]
+        for name in panel.contenders:
+            ratios = [panel.ratios.get((name, shape)) for shape in panel.shapes]
             cells = [
-                number(value) if ratio is None else f"{number(value)} ({ratio:.2f})"
-                for value, ratio in zip(values, own, strict=True)
+                value if ratio is None else f"{value} ({ratio:.2f})"
+                for value, ratio in zip(panel.values(name), ratios, strict=True)
             ]
-            known = [ratio for ratio in own if ratio is not None]
+            known = [ratio for ratio in ratios if ratio is not None]
             lines.append([name, *cells, number(geometric_mean(known) if known else None)])
         tables.append(markdown(lines))
     return "\n\n".join(tables)
@@ -59,36 +56,26 @@ def with_ratios(rows: Sequence[Row], quantity: Quantity) -> str:
         quantity: what to show; a direction in which no row has it is left out.
     """
     tables = []
-    for direction, here in _by_direction(rows, quantity).items():
-        shapes = _unique(row.shape for row in here.values())
-        lines = [[f"{direction}, {quantity.unit}", *shapes]]
-        for name in _unique(row.contender for row in here.values()):
-            values = [quantity.value(here[name, shape]) if (name, shape) in here else None for shape in shapes]
-            lines.append([name, *map(number, values)])
-        tables.append(markdown([*lines, *_ratio_lines(here, quantity, shapes)]))
+    for panel in _panels(rows, quantity):
+        lines = [[f"{panel.direction}, {quantity.unit}", *panel.shapes]]
+        lines += [[name, *panel.values(name)] for name in panel.contenders]
+        for name, base in panel.pairs.items():
+            ratios = [panel.ratios.get((name, shape)) for shape in panel.shapes]
+            lines.append([f"{name} / {base}", *(_ABSENT if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+        tables.append(markdown(lines))
     return "\n\n".join(tables)
-
-
-def _ratio_lines(here: Mapping[tuple[str, str], Row], quantity: Quantity, shapes: Sequence[str]) -> list[list[str]]:
-    ratios = _ratios(here, quantity)
-    pairs = {row.contender: row.base for row in here.values() if row.contender != row.base}
-    return [
-        [f"{name} / {base}", *(f"{ratios[name, s]:.2f}" if (name, s) in ratios else _ABSENT for s in shapes)]
-        for name, base in pairs.items()
-    ]
 
 
 def summary(rows: Sequence[Row]) -> str:
     """One table of ratios: a line for each contender and its base, a column for each direction and batch size."""
     columns: dict[str, dict[str, float]] = {}
     for quantity, what in ((TIME, ""), (MEMORY, ", memory")):
-        for direction, here in _by_direction(rows, quantity).items():
-            for (name, shape), ratio in _ratios(here, quantity).items():
-                base = here[name, shape].base
-                if name != base:
-                    head = f"{direction}, batch {shape.partition('x')[0]}{what}"
-                    columns.setdefault(head, {})[f"{name} / {base}"] = ratio
-    labels = _unique(label for column in columns.values() for label in column)
+        for panel in _panels(rows, quantity):
+            for (name, shape), ratio in panel.ratios.items():
+                if name in panel.pairs:
+                    head = f"{panel.direction}, batch {shape.partition('x')[0]}{what}"
+                    columns.setdefault(head, {})[f"{name} / {panel.pairs[name]}"] = ratio
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
     lines = [
         [label, *(f"{column[label]:.2f}" if label in column else _ABSENT for column in columns.values())]
         for label in labels
@@ -96,23 +83,31 @@ def summary(rows: Sequence[Row]) -> str:
     return markdown([["times as much", *columns], *lines])
 
 
-def _by_direction(rows: Sequence[Row], quantity: Quantity) -> dict[str, dict[tuple[str, str], Row]]:
-    """Rows by contender and shape, for each direction."""
-    found: dict[str, dict[tuple[str, str], Row]] = {}
-    for row in rows:
-        if quantity.value(row) is not None:
-            found.setdefault(row.direction, {})[row.contender, row.shape] = row
-    return found
+class _Panel:
+    """The rows of one direction that have a quantity, by contender and shape, and their ratios to their bases."""
+
+    def __init__(self, direction: str, rows: Sequence[Row], quantity: Quantity) -> None:
+        self.direction = direction
+        self.shapes = list(dict.fromkeys(row.shape for row in rows))
+        self.contenders = list(dict.fromkeys(row.contender for row in rows))
+        self.pairs = {row.contender: row.base for row in rows if row.contender != row.base}
+        self.ratios: dict[tuple[str, str], float] = {}
+        self._values = {(row.contender, row.shape): quantity.value(row) for row in rows}
+        costs = {(row.contender, row.shape): quantity.cost(row) for row in rows}
+        for row in rows:
+            mine, its = costs[row.contender, row.shape], costs.get((row.base, row.shape))
+            if mine and its:  # a peak of memory can be nothing at all
+                self.ratios[row.contender, row.shape] = mine / its
+
+    def values(self, contender: str) -> list[str]:
+        """What is shown of a contender, for each shape."""
+        return [number(self._values.get((contender, shape))) for shape in self.shapes]
 
 
-def _ratios(here: Mapping[tuple[str, str], Row], quantity: Quantity) -> dict[tuple[str, str], float]:
-    ratios = {}
-    for (name, shape), row in here.items():
-        base = here.get((row.base, shape))
-        mine, its = quantity.cost(row), base and quantity.cost(base)
-        if mine and its:  # a peak of memory can be nothing at all
-            ratios[name, shape] = mine / its
-    return ratios
+def _panels(rows: Sequence[Row], quantity: Quantity) -> list[_Panel]:
+    known = [row for row in rows if quantity.value(row) is not None]
+    directions = dict.fromkeys(row.direction for row in known)
+    return [_Panel(name, [row for row in known if row.direction == name], quantity) for name in directions]
 
 
 def number(value: float | None) -> str:
@@ -128,7 +123,3 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     text = [" | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
     return "\n".join([f"| {text[0]} |", f"|{rule}|", *(f"| {line} |" for line in text[1:])])
-
-
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
