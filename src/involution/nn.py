@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 from operator import index
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from involution.ops.functional import autocast_enabled, generated_involution, involution
 from involution.ops.window import IntOrInts, Window, per_axis
@@ -62,6 +65,26 @@ class PointwiseConv3d(_Pointwise, nn.Conv3d):
 _CONV = (PointwiseConv1d, PointwiseConv2d, PointwiseConv3d)
 _POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_norms(module: nn.Module, **norms: str) -> None:
+    """Fold batch norms into the convolutions before them, for inference: the same numbers to rounding, sooner.
+
+    Args:
+        module: in evaluation mode; changed in place.
+        norms: by the name of a child that is a convolution, the name of the norm that follows it, which becomes an
+            identity. Children of other types, and norms without running statistics, stay as they are.
+
+    Raises:
+        ValueError: if `module` is in training mode.
+    """
+    if module.training:
+        raise ValueError("`module` must be in evaluation mode for its norms to be folded. Call `.eval()` first.")
+    for conv_name, norm_name in norms.items():
+        conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+        if isinstance(conv, _ConvNd) and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
 
 
 class BottleneckGenerator(nn.Module):
@@ -127,6 +150,11 @@ class BottleneckGenerator(nn.Module):
         features: Tensor = self.act(self.norm(self.reduce(self._pool(x))))
         return features
 
+    def fuse(self) -> Self:
+        """Fold the norm into `reduce`; `timm.models.reparameterize_model` calls this. See `fold_norms`."""
+        fold_norms(self, reduce="norm")
+        return self
+
     def is_plain(self) -> bool:
         """Whether nobody watches or changes the kernel: no hook, no other span in place of the 1x1 convolution."""
         hooks = [
@@ -187,6 +215,8 @@ class _Involution(nn.Module):
                 )
             padding = tuple(before for before, _ in both)
         self.window = Window.normalise(self.rank, kernel_size, stride, padding, dilation)
+        sides = zip(self.window.padding, self.window.same_padding(), strict=True)
+        self._overhang = [p - same for p, both in reversed(list(sides)) for same in both]  # of `x` over window centres
         self.reduction = reduction
         if generator is None:
             generator = BottleneckGenerator(
@@ -228,9 +258,7 @@ class _Involution(nn.Module):
 
     def _centres(self, x: Tensor) -> Tensor:
         """`x` cut (or padded with zeros) to the positions window centres can lie on: all of `x` by default."""
-        sides = zip(self.window.padding, self.window.same_padding(), strict=True)
-        change = [p - same for p, both in reversed(list(sides)) for same in both]
-        return F.pad(x, change) if any(change) else x
+        return F.pad(x, self._overhang) if any(self._overhang) else x
 
     def extra_repr(self) -> str:
         window = self.window
@@ -264,7 +292,7 @@ class Involution2d(_Involution):
         generator: any callable from x, cut to the window centres, to the kernel (B, G, *K, *O), in place of the
             standard `BottleneckGenerator`; `reduction`, `norm` and `act` then have no meaning.
         fused: generate the kernel part by part where it is used, and again in the backward pass, instead of storing it,
-            if the generator is the standard one and no hook watches it. Faster, and training takes less memory.
+            if the generator is the standard one and no hook watches it. Faster, and training keeps less in memory.
 
     Shapes: (B, C, *S) -> (B, out_channels, *O), O = floor((S + 2 padding - dilation (K - 1) - 1) / stride) + 1;
     with the default padding O = ceil(S / stride).

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, reparameterize_model
 from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from involution.models import RedNet, mirrored_resnet
 from involution.models.rednet import Bottleneck
+from involution.nn import Involution2d
 
 SLIM = {"base_width": 16, "stem_width": 32, "num_classes": 10}
 REDUCTIONS = {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}
@@ -363,6 +364,19 @@ def test_rednet50_compiles_to_an_equal_program() -> None:
 
 
 # The mirrored ResNet
+
+
+@pytest.mark.parametrize("stem", ["involution", "convolution"])
+def test_norms_fold_into_convolutions(stem: str) -> None:
+    x = torch.randn(2, 3, 65, 65, dtype=torch.double)
+    net = lived_in(slim(stem=stem).double(), x)
+    folded = reparameterize_model(net)
+    left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    involutions = [name for name, module in net.named_modules() if isinstance(module, Involution2d)]
+    assert left == [name.replace("conv2", "bn2") for name in involutions]  # no convolution to fold into
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="`module` must be in evaluation mode"):
+        reparameterize_model(net.train())
 
 
 @pytest.mark.parametrize(("base_width", "stem_width"), [(64, 64), (16, 32)])

@@ -20,7 +20,17 @@ from involution.names import unknown
 
 Direction = Literal["inference", "inference compiled", "training step"]
 
-_FORMULA, _PRODUCTS, _STORED = " (unfold formula)", " (matrix products)", " (kernels stored)"
+_FORMULA, _PRODUCTS, _STORED, _FOLDED = (
+    " (unfold formula)",
+    " (matrix products)",
+    " (kernels stored)",
+    " (norms folded)",
+)
+_LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "inference": (),
+    "inference compiled": (_FORMULA, _FOLDED),
+    "training step": (_FOLDED,),
+}
 
 
 def model(
@@ -37,7 +47,8 @@ def model(
     """Time RedNets against the ResNets they mirror, and against themselves on the unfold formula.
 
     The ResNets are timm's, and once more with 1x1 convolutions done as matrix products, as RedNet does them. RedNet is
-    timed once more with layers that store their kernels, too.
+    timed once more with layers that store their kernels. Both are timed once more with their norms folded into the
+    convolutions before them; compilers do that by themselves, so this is for eager inference.
 
     Args:
         archs: any of rednet26, rednet38, rednet50, rednet101 and rednet152.
@@ -62,6 +73,7 @@ def model(
         torch.manual_seed(0)
         mirror = f"resnet{arch.removeprefix('rednet')}"
         bases = {arch: mirror, mirror: mirror, mirror + _PRODUCTS: mirror, arch + _STORED: arch}
+        bases |= {name + _FOLDED: mirror for name in (arch, mirror)}
         if unfold:
             bases[arch + _FORMULA] = arch
         networks = {name: _network(name) for name in bases}
@@ -101,6 +113,8 @@ def _network(name: str) -> nn.Module:
         network = contenders.with_unfold(network)
     if name.endswith(_PRODUCTS):
         network = contenders.with_matrix_products(network)
+    if name.endswith(_FOLDED):
+        network = contenders.with_folded_norms(network)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -129,7 +143,7 @@ def _rows(
     for direction in directions:
         print(f"timing {arch}, {shape}, {direction} ...", file=sys.stderr, flush=True)
         torch._dynamo.reset()  # else it would compile for any size once it has seen two
-        names = [name for name in networks if direction != "inference compiled" or name not in formula]
+        names = [name for name in networks if not name.endswith(_LEFT_OUT[direction])]
         runs = {name: _step(networks[name], images, direction) for name in names}
         for name, times in cost.interleaved(runs, rounds, warm_up=3, seconds=90).items():
             training = direction == "training step"

@@ -12,6 +12,7 @@ from typing import Any
 
 Step = Callable[[], object]
 
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 17  # see mallopt(3); torch's large tensors are far larger
 _RESET = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -38,10 +39,14 @@ def peak_mib(prepare: Callable[..., tuple[Step, Step]], *args: Any) -> float | N
 
 
 def _measure(prepare: Callable[..., tuple[Step, Step]], *args: Any) -> float:
+    libc = ctypes.CDLL(None)
+    # Set once, the threshold stays, and freed tensors leave at once. Else it grows, and how much of the heap stays
+    # resident depends on the order of what is freed: 100 MiB and more beyond what is alive, in a training step.
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     warm_up, step = prepare(*args)
     warm_up()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the step would reuse freed memory that still counts as resident
+    libc.malloc_trim(0)  # else the step would reuse freed memory that still counts as resident
     before = _kib("VmRSS")
     _RESET.write_text("5")  # sets the highest resident size so far to the present one
     step()

@@ -6,7 +6,8 @@ import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,21 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from involution.nn import Involution2d, PointwiseConv2d
+from involution.nn import Involution2d, PointwiseConv2d, fold_norms
 
 _BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+
+
+class ConvNorms(nn.Sequential):
+    """Layers in turn; each batch norm right behind a convolution can be folded into it."""
+
+    def fuse(self) -> Self:
+        """Fold the norms into the convolutions; `timm.models.reparameterize_model` calls this. See `fold_norms`."""
+        fold_norms(self, **dict(pairwise(self._modules)))
+        return self
 
 
 class Bottleneck(nn.Module):
@@ -45,7 +55,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or channels != out:
-            self.downsample = nn.Sequential(PointwiseConv2d(channels, out, stride, bias=False), nn.BatchNorm2d(out))
+            self.downsample = ConvNorms(PointwiseConv2d(channels, out, stride, bias=False), nn.BatchNorm2d(out))
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,6 +65,11 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(y))
         y += self.downsample(x)
         return self.act3(y)
+
+    def fuse(self) -> Self:
+        """Fold the norms into the convolutions; `timm.models.reparameterize_model` calls this. See `fold_norms`."""
+        fold_norms(self, conv1="bn1", conv3="bn3")
+        return self
 
 
 class RedNet(nn.Module):
@@ -336,7 +351,7 @@ def _check_images(conv: nn.Conv2d, args: tuple[Tensor]) -> None:
         raise TypeError(f"`x` must be of the network's dtype, {weight.dtype}; got {x.dtype}. Convert one of them.")
 
 
-def _involution_stem(in_chans: int, width: int, kernel_size: int, fused: bool) -> nn.Sequential:
+def _involution_stem(in_chans: int, width: int, kernel_size: int, fused: bool) -> ConvNorms:
     half = width // 2
     layers = {
         "conv1": nn.Conv2d(in_chans, half, 3, 2, 1, bias=False),
@@ -349,16 +364,16 @@ def _involution_stem(in_chans: int, width: int, kernel_size: int, fused: bool) -
         "bn3": nn.BatchNorm2d(width),
         "act3": nn.ReLU(inplace=True),
     }
-    return nn.Sequential(OrderedDict(layers))
+    return ConvNorms(OrderedDict(layers))
 
 
-def _convolution_stem(in_chans: int, width: int) -> nn.Sequential:
+def _convolution_stem(in_chans: int, width: int) -> ConvNorms:
     layers = {
         "conv1": nn.Conv2d(in_chans, width, 7, 2, 3, bias=False),
         "bn1": nn.BatchNorm2d(width),
         "act1": nn.ReLU(inplace=True),
     }
-    return nn.Sequential(OrderedDict(layers))
+    return ConvNorms(OrderedDict(layers))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 Ints = Sequence[int]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_PROBLEM = struct.Struct("46q6P")  # `struct Problem` of csrc/involution.cpp: sizes and strides, then six addresses
+_SIZES, _ADDRESSES = struct.Struct("46q"), struct.Struct("6P")  # together `struct Problem` of csrc/involution.cpp
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
 
 
@@ -37,19 +38,15 @@ def generated(
     out: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
     """Fill `out` as `reference.generated` does, with the kernel made tile by tile in the cache."""
-    stride, padding, dilation = window
     accurate = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(accurate).contiguous(), bias.to(accurate).contiguous()
-    missing = 3 - len(kernel_size)
-    feature_stride = features.stride()
-    span = (features.shape[1], *feature_stride[:2], *(0,) * missing, *feature_stride[2:])
     groups = weight.shape[0] // prod(kernel_size)
-    _run(
-        "involution_forward",
-        *(x, out, stride, padding, dilation),
-        *(groups, kernel_size, features.shape[2:], (0,) * 8, 0),
-        *(span, (features.data_ptr(), weight.data_ptr(), bias.data_ptr())),
+    sizes = _generated_sizes(
+        *(x.dtype, x.shape, x.stride(), out.stride(), groups, tuple(kernel_size)),
+        *(features.shape, features.stride(), *map(tuple, window)),
     )
+    addresses = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), weight.data_ptr(), bias.data_ptr())
+    _run("involution_forward", sizes, addresses, x, window)
 
 
 def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
@@ -62,53 +59,80 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
     _call("involution_grad_kernel", x, out, grad, stride, padding, dilation)
 
 
-def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
+def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> None:
     """Call the function `name` on x (B, C, *S), kernel (B, G, *K, *O) and y (B, C, *O); it fills one of them."""
-    rank = x.dim() - 2
-    zeros, strides, sizes = (0,) * (3 - rank), kernel.stride(), kernel.shape[2:]
-    kernel_stride = (*strides[:2], *zeros, *strides[2 : 2 + rank], *zeros, *strides[2 + rank :])
-    _run(
-        name,
-        *(x, y, stride, padding, dilation),
-        *(kernel.shape[1], sizes[:rank], sizes[rank:], kernel_stride, kernel.data_ptr()),
-        *((0,) * 6, (0,) * 3),
-    )
+    sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
+    _run(name, sizes, (x.data_ptr(), kernel.data_ptr(), y.data_ptr(), 0, 0, 0), x, window)
 
 
-def _run(
-    name: str,
-    x: Tensor,
-    y: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
+def _run(name: str, sizes: bytes, addresses: Ints, x: Tensor, window: Sequence[Ints]) -> None:
+    if getattr(_library, name)(sizes + _ADDRESSES.pack(*addresses)):
+        stride, padding, dilation = map(tuple, window)
+        raise MemoryError(
+            f"no memory for the scratch of {name} on `x` of shape {tuple(x.shape)} with stride {stride}, "
+            f"padding {padding} and dilation {dilation}."
+        )
+
+
+# A network calls with the same sizes again and again, and to pack them takes longer than all else that is done here.
+
+
+@lru_cache(maxsize=1024)
+def _given_sizes(
+    dtype: torch.dtype, x: Ints, x_stride: Ints, y_stride: Ints, kernel: Ints, kernel_stride: Ints, *window: Ints
+) -> bytes:
+    """The problem with a kernel of shape `kernel`."""
+    rank, zeros = len(x) - 2, (0,) * (5 - len(x))
+    taps, places = kernel_stride[2 : 2 + rank], kernel_stride[2 + rank :]
+    kernel_stride = (*kernel_stride[:2], *zeros, *taps, *zeros, *places)
+    sizes = (kernel[1], kernel[2 : 2 + rank], kernel[2 + rank :])
+    return _sizes(dtype, x, x_stride, y_stride, *sizes, kernel_stride, (0,) * 6, *window)
+
+
+@lru_cache(maxsize=1024)
+def _generated_sizes(
+    dtype: torch.dtype,
+    x: Ints,
+    x_stride: Ints,
+    y_stride: Ints,
+    groups: int,
+    kernel_size: Ints,
+    features: Ints,
+    features_stride: Ints,
+    *window: Ints,
+) -> bytes:
+    """The problem with a kernel that is generated from features of shape `features`."""
+    span = (features[1], *_lifted(features_stride))
+    return _sizes(dtype, x, x_stride, y_stride, groups, kernel_size, features[2:], (0,) * 8, span, *window)
+
+
+def _sizes(
+    dtype: torch.dtype,
+    x: Ints,
+    x_stride: Ints,
+    y_stride: Ints,
     groups: int,
     kernel_size: Ints,
     output_size: Ints,
     kernel_stride: Ints,
-    kernel_address: int,
     span: Ints,
-    span_addresses: Ints,
-) -> None:
-    """Describe a problem to the function `name`: x, y and the window, then the kernel or what generates it."""
-    rank = x.dim() - 2
-    ones, zeros = (1,) * (3 - rank), (0,) * (3 - rank)
-    batch, channels, *size = x.shape
-    x_stride, y_stride = x.stride(), y.stride()
-    problem = _PROBLEM.pack(
-        *(_DTYPES[x.dtype], batch, groups, channels // groups),
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+) -> bytes:
+    batch, channels, *size = x
+    ones, zeros = (1,) * (3 - len(size)), (0,) * (3 - len(size))
+    return _SIZES.pack(
+        *(_DTYPES[dtype], batch, groups, channels // groups),
         *(*ones, *kernel_size, *ones, *size, *ones, *output_size),
         *(*ones, *stride, *zeros, *padding, *ones, *dilation),
-        *(*x_stride[:2], *zeros, *x_stride[2:]),
-        *kernel_stride,
-        *(*y_stride[:2], *zeros, *y_stride[2:]),
-        *(*span, x.data_ptr(), kernel_address, y.data_ptr(), *span_addresses),
+        *(*_lifted(x_stride), *kernel_stride, *_lifted(y_stride), *span),
     )
-    if getattr(_library, name)(problem):
-        raise MemoryError(
-            f"no memory for the scratch of {name} on `x` of shape {tuple(x.shape)} with kernel size "
-            f"{tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}."
-        )
+
+
+def _lifted(stride: Ints) -> Ints:
+    """Strides of (B, C, *S) with axes of size one in front of *S, up to three axes."""
+    return (*stride[:2], *(0,) * (5 - len(stride)), *stride[2:])
 
 
 def _load(variant: str | None = None, folder: Path = Path(__file__).parent) -> tuple[ctypes.CDLL | None, str]:

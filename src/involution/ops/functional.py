@@ -59,16 +59,17 @@ def involution(
             f"`kernel` must have {2 + 2 * rank} dimensions (B, G, {rank} kernel sizes, {rank} output sizes) for `x` of "
             f"shape {tuple(x.shape)}; got shape {tuple(kernel.shape)}."
         )
-    if 0 in kernel.shape[2 : x.dim()]:
+    kernel_size = tuple(kernel.shape)[2 : 2 + rank]
+    if 0 in kernel_size:
         raise ValueError(f"`kernel` must have at least one tap on every axis; got shape {tuple(kernel.shape)}.")
     if autocast_enabled(x.device.type):
         x, kernel = _autocast(x), _autocast(kernel)
     _check_alike(x, "kernel", kernel)
-    window = Window.normalise(rank, kernel.shape[2 : x.dim()], stride, padding, dilation)
+    window = Window.normalise(rank, kernel_size, stride, padding, dilation)
     _check_sizes(x, "kernel", kernel, kernel.shape[1], window)
     if forward_ad._current_level >= 0:
         return _with_tangent(x, kernel, window)
-    return library.forward(x, kernel, window.stride, window.padding, window.dilation)
+    return library.call(library.forward, x, kernel, window.stride, window.padding, window.dilation)
 
 
 def generated_involution(
@@ -134,9 +135,8 @@ def generated_involution(
     _check_sizes(x, "features", features, weight.shape[0] // taps, window)
     if forward_ad._current_level >= 0:
         return _with_tangent(x, reference.span(features, weight, bias, window.kernel_size), window)
-    return library.generated(
-        x, features, weight, bias, window.kernel_size, window.stride, window.padding, window.dilation
-    )
+    settings = (window.kernel_size, window.stride, window.padding, window.dilation)
+    return library.call(library.generated, x, features, weight, bias, *settings)
 
 
 def _with_tangent(x: Tensor, kernel: Tensor, window: Window) -> Tensor:
@@ -187,17 +187,17 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _check_sizes(x: Tensor, name: str, value: Tensor, groups: int, window: Window) -> None:
     """Hold `x` against the tensor `name` of shape (B, ..., *O), the kernel or what it is generated from."""
-    batch, channels = x.shape[:2]
+    batch, channels, *size = x.shape
     if value.shape[0] != batch:
         raise ValueError(f"`{name}` has batch size {value.shape[0]}, `x` has {batch}; they must be equal.")
     if groups == 0 or channels == 0 or channels % groups:
         holder = "kernel" if name == "kernel" else "weight"
         raise ValueError(f"`{holder}` has {groups} groups, which does not divide the {channels} channels of `x`.")
-    expected, given = window.output_size(x.shape[2:]), tuple(value.shape[2 - x.dim() :])
+    expected, given = window.output_size(size), tuple(value.shape)[2 - x.dim() :]
     if given != expected:
-        hint = " Was it generated at the input resolution?" if given == tuple(x.shape[2:]) else ""
+        hint = " Was it generated at the input resolution?" if given == tuple(size) else ""
         raise ValueError(
-            f"`{name}` must end in the output size {expected} for `x` of spatial size {tuple(x.shape[2:])}, "
+            f"`{name}` must end in the output size {expected} for `x` of spatial size {tuple(size)}, "
             f"kernel size {window.kernel_size}, stride {window.stride}, padding {window.padding} and dilation "
             f"{window.dilation}; got {given}.{hint}"
         )

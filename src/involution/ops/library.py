@@ -36,6 +36,14 @@ grad_x = torch.ops.involution.grad_x.default
 grad_kernel = torch.ops.involution.grad_kernel.default
 
 
+def call(op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """op(*args), past autograd where it is switched off: its turn is taken in Python and as slow as that of the op."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def implementations() -> dict[str, str]:
     """Which code serves which device type.
 

@@ -51,11 +51,11 @@ class Window:
         Raises:
             ValueError: if the padded input is smaller than the window.
         """
-        span = self.span()
-        room = [s + 2 * p - w for s, p, w in zip(size, self.padding, span, strict=True)]
+        axes = zip(size, self.padding, self.dilation, self.kernel_size, strict=True)
+        room = [s + 2 * p - d * (k - 1) - 1 for s, p, d, k in axes]
         if min(room) < 0:
             raise ValueError(
-                f"`x` has spatial size {tuple(size)}, too small for a window that spans {span} with padding "
+                f"`x` has spatial size {tuple(size)}, too small for a window that spans {self.span()} with padding "
                 f"{self.padding}. Use a smaller `kernel_size` or `dilation`, or more `padding`."
             )
         return tuple(r // s + 1 for r, s in zip(room, self.stride, strict=True))
@@ -63,8 +63,11 @@ class Window:
 
 def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, ...]:
     """`value` as a tuple of `rank` ints, each at least `least`; errors name the argument `name`."""
-    if type(value) is int and least <= value <= _MOST:  # nearly always, on the way to every call of the operator
+    # The first two cases are nearly all, and on the way to every call of the operator.
+    if type(value) is int and least <= value <= _MOST:
         return (value,) * rank
+    if type(value) is tuple and len(value) == rank and all(type(e) is int and least <= e <= _MOST for e in value):
+        return value
     if isinstance(value, Sequence) and not isinstance(value, str):
         entries = tuple(value)
         if len(entries) != rank:
