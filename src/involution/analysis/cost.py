@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Name = TypeVar("Name", bound=Hashable)
 
+_SETTLING = 0.01  # seconds
+
 
 def parameters(network: nn.Module) -> int:
     """Number of parameters of `network`."""
@@ -35,7 +37,8 @@ def interleaved(
 ) -> dict[Name, list[float]]:
     """Milliseconds of every run in every round.
 
-    The runs take turns, so that whatever else the machine does hits all alike: compare them by ratios.
+    The runs take turns, so that whatever else the machine does hits all alike: compare them by ratios. In its turn each
+    first runs untimed, for 10 ms or once, and pays for what its predecessor did to caches and free memory.
 
     Args:
         runs: what to time, by name.
@@ -55,7 +58,12 @@ def interleaved(
         if perf_counter() - begin > seconds and index > warm_up:
             break
         for name, run in runs.items():
-            _wait(device)
+            start = perf_counter()
+            while True:
+                run()
+                _wait(device)
+                if perf_counter() - start > _SETTLING:
+                    break
             start = perf_counter()
             run()
             _wait(device)
