@@ -23,6 +23,7 @@ def test_public_names() -> None:
         "Involution3d",
         "implementations",
         "involution",
+        "replace_convs",
     ]
     assert all(hasattr(involution, name) for name in involution.__all__)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from involution import BottleneckGenerator, Involution1d, Involution2d, Involution3d, involution
-from involution.nn import PointwiseConv1d, PointwiseConv2d, PointwiseConv3d
+from involution.pointwise import PointwiseConv1d, PointwiseConv2d, PointwiseConv3d
 
 LAYERS = (Involution1d, Involution2d, Involution3d)
 _each_rank = pytest.mark.parametrize("rank", [1, 2, 3])

@@ -9,7 +9,7 @@ import torch
 
 import involution.models  # noqa: F401  # registers the RedNets with timm
 from involution.models.rednet import RedNet, checkpoint_filter_fn
-from involution.weights import load_official, mismatch, read, to_official
+from involution.weights import load_official, mismatch, read, rednet_of, to_official
 
 GOLDEN = Path(__file__).parent / "golden"
 CLS, DET = GOLDEN / "rednet26_slim_cls.pth", GOLDEN / "rednet26_slim_det.pth"
@@ -149,3 +149,42 @@ def test_mismatch_shows_all_names_up_to_three() -> None:
     one = torch.ones(1)
     assert mismatch(dict.fromkeys("abc", one), {}) == "3 of 3 entries missing (a, b, c)"
     assert mismatch({}, dict.fromkeys("abcd", one)) == "4 unknown (a, b, c, ...)"
+
+
+def test_values_that_are_not_finite_are_named(tmp_path: Path, model: RedNet) -> None:
+    state = read(CLS)
+    state["backbone.layer1.0.bn1.weight"] = state["backbone.layer1.0.bn1.weight"] * float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"not finite, in 1 entries \(layer1\.0\.bn1\.weight\)\."):
+        load_official(tmp_path / "nan.pth", model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 26, "base_width": 16, "stem_width": 32, "num_classes": 7},
+        {"depth": 38, "base_width": 32, "stem_width": 64, "num_classes": 0, "stem_kernel": 7},
+        {"depth": 26, "base_width": 16, "stem_width": 32, "num_classes": 3, "kernel_size": 5},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_tells_its_network(tmp_path: Path, settings: dict[str, int]) -> None:
+    depth = settings.pop("depth")
+    model = timm.create_model(f"rednet{depth}", **settings)
+    torch.save({"state_dict": to_official(model.state_dict())}, tmp_path / "official.pth")
+    found = rednet_of(tmp_path / "official.pth").state_dict()
+    assert list(found) == list(model.state_dict())
+    assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_no_rednet(tmp_path: Path) -> None:
+    odd = RedNet((1, 1, 1, 1), base_width=16, stem_width=32)
+    torch.save(to_official(odd.state_dict()), tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"odd\.pth has \(1, 1, 1, 1\) blocks in its stages, which no RedNet"):
+        rednet_of(tmp_path / "odd.pth")
+    stemless = {key: value for key, value in read(CLS).items() if not key.startswith("backbone.stem.4")}
+    torch.save(stemless, tmp_path / "stemless.pth")
+    with pytest.raises(ValueError, match=r"lacks 1 entries that every RedNet has \(stem\.conv3\.weight\)"):
+        rednet_of(tmp_path / "stemless.pth")

@@ -1,8 +1,10 @@
 """Involution (Li et al., CVPR 2021) for PyTorch: the operator, its layers, the RedNet backbones and their training."""
 
-from involution.nn import BottleneckGenerator, Involution1d, Involution2d, Involution3d
+from involution.generators import BottleneckGenerator
+from involution.nn import Involution1d, Involution2d, Involution3d
 from involution.ops.functional import involution
 from involution.ops.library import implementations
+from involution.replace import replace_convs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,4 +14,5 @@ __all__ = [
     "Involution3d",
     "implementations",
     "involution",
+    "replace_convs",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 from involution.names import unknown
 
 _DEFAULT_RECIPE = "digits"
+_NEEDS = {"bench": "benchmarking", "convert": "converting", "table": "counting"}
 _EXTRAS = {"jsonargparse", "lightning", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
@@ -19,6 +20,8 @@ _COMMANDS = {
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
     "predict": "print the class of every test image, a line each",
+    "convert": "turn a checkpoint of the official code into one that timm loads, and measure it",
+    "table": "build and count the networks of the paper's tables, beside what was published",
     "bench": "time the operator, its variants or networks against their rivals on this machine",
 }
 
@@ -39,17 +42,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     try:
-        if args[0] == "bench":
-            _bench(args[1:])
+        if args[0] in _FUNCTIONS:
+            _call(*args)
             return 0
         run = _prepare(args[0], args[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
-        return _refuse(
-            f"{'benchmarking' if args[0] == 'bench' else 'training'} needs more packages: "
-            "pip install 'involution[train]'"
-        )
+        return _refuse(f"{_NEEDS.get(args[0], 'training')} needs more packages: pip install 'involution[train]'")
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         return _refuse(str(error))
     run()
@@ -75,19 +75,38 @@ def _prepare(command: str, args: list[str]) -> Callable[[], None]:
     return Command(command, args, name).run
 
 
-def _bench(args: list[str]) -> None:
+def _call(command: str, *args: str) -> None:
+    """Run a command that is a function, or one of several."""
     from jsonargparse import auto_cli
 
+    try:
+        auto_cli(_FUNCTIONS[command](), args=list(args), prog=f"involution {command}", exit_on_error=False)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
+
+
+def _bench() -> Any:
     from involution.analysis.bench_model import model
     from involution.analysis.bench_op import op
     from involution.analysis.bench_variants import variants
     from involution.analysis.readme import readme
 
-    commands: dict[str, Any] = {"op": op, "variants": variants, "model": model, "readme": readme}
-    try:
-        auto_cli(commands, args=args, prog="involution bench", exit_on_error=False)
-    except ArgumentError as error:
-        raise ValueError(str(error)) from None
+    return {"op": op, "variants": variants, "model": model, "readme": readme}
+
+
+def _convert() -> Any:
+    from involution.tasks.convert import convert
+
+    return convert
+
+
+def _table() -> Any:
+    from involution.analysis.tables import table
+
+    return table
+
+
+_FUNCTIONS = {"bench": _bench, "convert": _convert, "table": _table}
 
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:
@@ -145,6 +164,8 @@ def _help() -> str:
             "  involution compare",
             "  involution fit --config digits --trainer.max_epochs 20 --model.lr 0.001",
             "  involution test --ckpt_path runs/digits/checkpoints/best.ckpt",
+            "  involution convert rednet50.pth rednet50.safetensors --evaluate imagenet/val",
+            "  involution table imagenet --latency true",
             "  involution bench op --dtype bfloat16",
             "",
             "`involution COMMAND --help` lists every setting; `compare` takes those of `fit`.",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from os import PathLike
 
+import timm
 import torch
 from torch import Tensor
 
-from involution.models.rednet import OFFICIAL_NAMES, RedNet, checkpoint_filter_fn
+from involution.models.rednet import BLOCKS, OFFICIAL_NAMES, RedNet, checkpoint_filter_fn
 
 _SHOWN = 3
+_INVOLUTIONS = ("layer1.0.conv2", "stem.conv2")  # the first of the blocks, and that of the stem
 
 
 def load_official(path: str | PathLike[str], model: RedNet) -> None:
@@ -37,7 +40,41 @@ def load_official(path: str | PathLike[str], model: RedNet) -> None:
     problem = mismatch(expected, given)
     if problem:
         raise ValueError(f"{path} does not fit the model: {problem}.{_repair(expected, given)}")
+    broken = [key for key, value in given.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds values that are not finite, in {len(broken)} entries ({_some(broken)}).")
     model.load_state_dict(given)
+
+
+def rednet_of(path: str | PathLike[str]) -> RedNet:
+    """The RedNet in a checkpoint of the official code: depth, widths, kernel sizes and classes are told from shapes.
+
+    Raises:
+        ValueError: if the file cannot be read safely, or no RedNet has its blocks.
+    """
+    state = checkpoint_filter_fn(read(path))
+    blocks = {key.rsplit(".", 2)[0] for key in state if key.endswith(".conv3.weight") and key.startswith("layer")}
+    layers = tuple(sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4))
+    depths = [depth for depth, of in BLOCKS.items() if of == layers]
+    if not depths:
+        known = ", ".join(f"{depth} {of}" for depth, of in BLOCKS.items())
+        raise ValueError(f"{path} has {layers} blocks in its stages, which no RedNet has. There is: {known}.")
+    generators = [f"{place}.generator.{part}" for place in _INVOLUTIONS for part in ("span.bias", "reduce.weight")]
+    needed = ["layer1.0.conv1.weight", "stem.conv3.weight", *generators]
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} entries that every RedNet has ({_some(missing)}).")
+    settings = {
+        "num_classes": len(state["fc.weight"]) if "fc.weight" in state else 0,
+        "base_width": len(state["layer1.0.conv1.weight"]),
+        "stem_width": len(state["stem.conv3.weight"]),
+    }
+    for setting, place in zip(("kernel_size", "stem_kernel"), _INVOLUTIONS, strict=True):
+        bias, reduce = (state[f"{place}.generator.{part}"] for part in ("span.bias", "reduce.weight"))
+        settings[setting] = isqrt(4 * len(bias) // len(reduce))  # 16 channels a group, reduced by 4
+    model: RedNet = timm.create_model(f"rednet{depths[0]}", **settings)
+    load_official(path, model)
+    return model
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from involution.models import RedNet
-from involution.nn import Involution2d, PointwiseConv2d
+from involution.nn import Involution2d
 from involution.ops.functional import involution
+from involution.pointwise import PointwiseConv2d
 
 Operator = Callable[[Tensor, Tensor], Tensor]
 

@@ -19,9 +19,10 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from involution.nn import Involution2d, PointwiseConv2d, fold_norms
+from involution.nn import Involution2d
+from involution.pointwise import PointwiseConv2d, fold_norms
 
-_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -91,6 +92,8 @@ class RedNet(nn.Module):
         groups: kernels per position in every block (1: a single kernel). Give this or `group_channels`.
         group_channels: channels that share a kernel in every block. Default 16.
         reduction: how much narrower the bottlenecks of the blocks' kernel generators are.
+        generator: the blocks' kernel generators: "bottleneck", "linear", "neighbourhood" or "attention"; see
+            `Involution2d`.
         fused: let the involutions generate their kernels part by part where they are used; see `Involution2d`.
         zero_init_last: start every block as its shortcut, by a last norm of zero.
 
@@ -129,6 +132,7 @@ class RedNet(nn.Module):
         groups: int | None = None,
         group_channels: int | None = None,
         reduction: int = 4,
+        generator: str = "bottleneck",
         fused: bool = True,
         zero_init_last: bool = True,
     ) -> None:
@@ -170,6 +174,7 @@ class RedNet(nn.Module):
             "groups": groups,
             "group_channels": group_channels,
             "reduction": reduction,
+            "generator": generator,
             "act": partial(nn.ReLU, inplace=True),
             "fused": fused,
         }
@@ -295,14 +300,14 @@ def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kw
         >>> sum(p.numel() for p in mirrored_resnet(26, base_width=16, stem_width=32, num_classes=10).parameters())
         744170
     """
-    if depth not in _BLOCKS:
-        raise ValueError(f"`depth` must be one of {', '.join(map(str, _BLOCKS))}; got {depth}.")
+    if depth not in BLOCKS:
+        raise ValueError(f"`depth` must be one of {', '.join(map(str, BLOCKS))}; got {depth}.")
     if stem_width % 2:
         raise ValueError(f"`stem_width` must be even; got {stem_width}.")
     widths = tuple(base_width * 2**index for index in range(len(_STAGES)))
     # timm's plain stem is 64 wide whatever one asks; its deep stem is not, and gives way to a plain one here
     model = ResNet(
-        ResNetBottleneck, _BLOCKS[depth], channels=widths, stem_type="deep", stem_width=stem_width // 2, **kwargs
+        ResNetBottleneck, BLOCKS[depth], channels=widths, stem_type="deep", stem_width=stem_width // 2, **kwargs
     )
     model.conv1 = nn.Conv2d(kwargs.get("in_chans", 3), stem_width, 7, 2, 3, bias=False)
     return model.apply(_initialise)
@@ -430,12 +435,12 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"rednet{depth}": _cfg() for depth in _BLOCKS})
+default_cfgs = generate_default_cfgs({f"rednet{depth}": _cfg() for depth in BLOCKS})
 
 
 def _rednet(depth: int, pretrained: bool, **kwargs: Any) -> RedNet:
     return build_model_with_cfg(
-        RedNet, f"rednet{depth}", pretrained, pretrained_filter_fn=checkpoint_filter_fn, layers=_BLOCKS[depth], **kwargs
+        RedNet, f"rednet{depth}", pretrained, pretrained_filter_fn=checkpoint_filter_fn, layers=BLOCKS[depth], **kwargs
     )
 
 

@@ -139,6 +139,60 @@ def generated_involution(
     return library.call(library.generated, x, features, weight, bias, *settings)
 
 
+def local_products(
+    query: Tensor,
+    x: Tensor,
+    groups: int,
+    kernel_size: IntOrInts,
+    stride: IntOrInts = 1,
+    padding: IntOrInts = 0,
+    dilation: IntOrInts = 1,
+) -> Tensor:
+    """Products of each query with the keys in a window around it: the kernel of local self-attention, before softmax.
+
+    kernel[b, g, t, o] = sum over c in group g of query[b, c, o] * x[b, c, o * stride - padding + t * dilation], where
+    x, the keys, is zero outside its bounds. It is the gradient of the kernel in `involution`, so nothing is unfolded.
+
+    Args:
+        query: one vector per output position, (B, C, *O).
+        x: the keys, (B, C, *S) with one to three spatial axes.
+        groups: G, heads; it divides C.
+        kernel_size: *K, an int or one per spatial axis.
+        stride: as for `involution`.
+        padding: as for `involution`.
+        dilation: as for `involution`.
+
+    Returns:
+        (B, G, *K, *O), which `involution` takes as its kernel.
+
+    Raises:
+        TypeError: if an argument is no tensor, or the dtypes disagree or are not floating point.
+        ValueError: if shapes, devices or window settings do not fit; the message shows both sides.
+
+    Example:
+        >>> x = torch.randn(2, 32, 13, 13)
+        >>> local_products(x, x, groups=4, kernel_size=3, padding=1).shape
+        torch.Size([2, 4, 3, 3, 13, 13])
+    """
+    _check_tensor("query", query)
+    _check_tensor("x", x)
+    rank = _rank(x)
+    if autocast_enabled(x.device.type):
+        query, x = _autocast(query), _autocast(x)
+    _check_alike(x, "query", query)
+    window = Window.normalise(rank, kernel_size, stride, padding, dilation)
+    if query.dim() != x.dim() or query.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"`query` must have as many dimensions and channels as `x`, of shape {tuple(x.shape)}; got shape "
+            f"{tuple(query.shape)}."
+        )
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"`groups` must divide the {x.shape[1]} channels of `query` and `x`; got {groups}.")
+    _check_sizes(x, "query", query, groups, window)
+    settings = (window.kernel_size, window.stride, window.padding, window.dilation)
+    return library.call(library.grad_kernel, query, x, groups, *settings)
+
+
 def _with_tangent(x: Tensor, kernel: Tensor, window: Window) -> Tensor:
     """The involution of dual tensors of forward-mode differentiation, by the product rule."""
     settings = (window.stride, window.padding, window.dilation)

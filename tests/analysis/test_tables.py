@@ -1,0 +1,97 @@
+"""The paper's tables: counts, published numbers, and how they are shown."""
+
+import csv
+import io
+
+import pytest
+import timm
+import torch
+
+from involution.analysis import cost, paper, tables
+from involution.cli import main
+
+
+@pytest.fixture(scope="module")
+def imagenet() -> list[tables.Line]:
+    return tables.table("imagenet")
+
+
+def test_flops_are_those_of_the_paper(imagenet) -> None:
+    flops = {line.name: line.flops for line in imagenet}
+    counted = [flops[f"RedNet-{depth}, stem of K 7"] for depth in paper.REDNET]
+    assert [round(value / 1e9, 2) for value in counted] == [said.flops for said in paper.REDNET.values()]
+
+
+def test_parameters_are_those_of_the_paper(imagenet) -> None:
+    counted = {line.name: line.parameters for line in imagenet}
+    assert counted["RedNet-50"] == 15_540_806
+    assert counted["RedNet-152, stem of K 7"] == 33_985_302
+    assert counted["ResNet-50"] == 25_557_032
+    for depth, said in paper.REDNET.items():
+        assert round(counted[f"RedNet-{depth}, stem of K 7"] / 1e6, 2) == said.parameters
+
+
+def test_published_percentages_follow_from_published_numbers() -> None:
+    for depth, ours in paper.REDNET.items():
+        mirror = paper.RESNET[depth]
+        assert 100 * (1 - round(ours.flops, 1) / mirror.flops) == pytest.approx(ours.fewer_flops, abs=0.06)
+        assert 100 * (1 - round(ours.parameters, 1) / mirror.parameters) == pytest.approx(
+            ours.fewer_parameters, abs=0.3
+        )
+
+
+def test_ablations_are_counted() -> None:
+    counted = {line.name: line.parameters for line in tables.table("ablation")}
+    assert counted == {
+        "RedNet-50": 15_540_806,
+        "K 3": 14_745_446,
+        "K 5": 15_063_590,
+        "K 9": 16_177_094,
+        "C/G 1": 30_155_546,
+        "C/G 4": 18_463_754,
+        "C/G C": 14_613_530,
+        "r 1": 19_377_830,
+        "r 16": 14_581_550,
+        "linear generator": 18_112_806,
+        "neighbourhood generator": 30_630_470,
+        "attention generator": 14_925_226,
+        "convolution stem": 15_540_806 - 19_986 + 9_536,
+        "involution stem of K 7": 15_541_526,
+    }
+
+
+@pytest.mark.parametrize("settings", [{}, {"generator": "linear"}, {"generator": "attention"}, {"group_channels": 1}])
+def test_multiply_adds_are_those_that_torch_counts(settings) -> None:
+    with torch.device("meta"):
+        network = timm.create_model("rednet26", base_width=16, stem_width=32, **settings).eval()
+        images = torch.empty(2, 3, 40, 33)
+    assert cost.counts(network, images).macs == cost.macs(network, images)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_as_text(imagenet) -> None:
+    shown = tables.text(imagenet).splitlines()
+    assert [cell.strip() for cell in shown[10].split("|")[1:-1]] == [
+        *("RedNet-50, stem of K 7", "15,541,526", "15.54", "+0.002", "2.673", "2.714", "2.71", "+0.004"),
+        *("39.2%", "39.5%", "34.2%", "34.1%", "78.35", "94.13", "README"),
+    ]
+    rows = list(csv.DictReader(io.StringIO(tables.text(imagenet, "csv"))))
+    assert rows[0]["network"] == "ResNet-26"
+    assert rows[0]["parameters"] == "13,696,552"
+
+
+def test_pictures_and_latency(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cost, "interleaved", lambda runs, **_: {name: [2.0, 1.0, 3.0] for name in runs})
+    monkeypatch.setattr(tables, "ABLATIONS", {"RedNet-50": {}, "K 3": {"kernel_size": 3}})
+    assert [line.latency for line in tables.table("ablation", latency=True)] == [2.0, 2.0]
+    assert " ms |" in capsys.readouterr().out
+    monkeypatch.setattr(tables, "BLOCKS", {26: tables.BLOCKS[26]})
+    for name in ("imagenet", "ablation"):
+        assert main(["table", name, "--format", "png", "--out", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == f"drawn to {tmp_path / name}.png\n"
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_an_unknown_table(capsys) -> None:
+    assert main(["table", "imagnet"]) == 2
+    assert "imagnet" in capsys.readouterr().err
