@@ -13,7 +13,9 @@ from involution.names import unknown
 
 _DEFAULT_RECIPE = "digits"
 _NEEDS = {"bench": "benchmarking", "convert": "converting", "table": "counting"}
-_EXTRAS = {"jsonargparse", "lightning", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
+_EXTRAS = frozenset(
+    ["jsonargparse", "lightning", "matplotlib", "safetensors", "sklearn", "timm", "torchmetrics", "torchvision", "tqdm"]
+)
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
     "fit": "train a network by a recipe",

@@ -63,7 +63,6 @@ def convert(official: Path, out: Path, evaluate: Path | None = None, batch_size:
 def _mapping(official: Path, model: RedNet) -> str:
     """A table of how many entries of each part of the checkpoint went where, with the first of each."""
     given, state = read(official), model.state_dict()
-    lines = [("part of the checkpoint", "entries", "ours", "for example")]
     counts, examples, targets = Counter[str](), dict[str, str](), dict[str, str]()
     for key in given:
         names = [name for name in checkpoint_filter_fn({key: given[key]}) if name in state]
@@ -72,15 +71,16 @@ def _mapping(official: Path, model: RedNet) -> str:
         counts[part] += 1
         targets.setdefault(part, names[0].split(".")[0] if names else "left out")
         examples.setdefault(part, f"{key} -> {names[0]}" if names else key)
-    lines += [(part, str(count), targets[part], examples[part]) for part, count in counts.items()]
-    return markdown(lines)
+    lines = [(part, str(count), targets[part], examples[part]) for part, count in counts.items()]
+    return markdown([("part of the checkpoint", "entries", "ours", "for example"), *lines])
 
 
 def _accuracy(model: RedNet, images: ImageFolder, batch_size: int, workers: int) -> str:
     images.transform = create_transform(**resolve_model_data_config(model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.eval().to(device).to(memory_format=torch.channels_last)
-    best = {k: MulticlassAccuracy(model.num_classes, top_k=k, average="micro").to(device) for k in (1, 5)}
+    classes = model.num_classes
+    best = {k: MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(device) for k in (1, 5)}
     loader = DataLoader(images, batch_size, num_workers=workers)
     with torch.inference_mode():
         for batch, labels in tqdm(loader, "evaluating", file=sys.stderr, disable=None):
