@@ -54,9 +54,9 @@ def _check(case: Case, dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # one as computed in, one converted
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
+def test_every_window_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
     _check(case, dtype, layout)
 
 

@@ -20,6 +20,7 @@ from involution.nn import _Involution
 Name = TypeVar("Name", bound=Hashable)
 
 _SETTLING = 0.01  # seconds
+_FEWEST = 5  # rounds
 
 
 def parameters(network: nn.Module) -> int:
@@ -92,7 +93,7 @@ def interleaved(
         runs: what to time, by name.
         rounds: times each is measured.
         warm_up: rounds before those.
-        seconds: begin no further round after this time.
+        seconds: begin no further round after this time, the warm-up not counted; but take five.
         device: the accelerator to wait for, if the runs use one.
 
     Raises:
@@ -103,7 +104,9 @@ def interleaved(
     times: dict[Name, list[float]] = {name: [] for name in runs}
     begin = perf_counter()
     for index in range(warm_up + rounds):
-        if perf_counter() - begin > seconds and index > warm_up:
+        if index == warm_up:
+            begin = perf_counter()  # the warm-up may compile for minutes
+        if index >= warm_up + _FEWEST and perf_counter() - begin > seconds:
             break
         for name, run in runs.items():
             start = perf_counter()
