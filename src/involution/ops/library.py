@@ -11,7 +11,11 @@ nor for the backward pass, which generates it again and is written in the other 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +55,8 @@ def implementations() -> dict[str, str]:
         >>> implementations()["any other"]
         'reference'
     """
-    return {"cpu": cpu.description(), "any other": "reference"}
+    gpu = "Triton" if _Triton.available() else "reference (Triton is missing: it comes with torch for CUDA and ROCm)"
+    return {"cpu": cpu.description(), "cuda": gpu, "any other": "reference"}
 
 
 # Allocation: real and fake tensors come from the same functions, so they cannot disagree.
@@ -127,9 +132,26 @@ def _register(key: str, implementation: Any) -> None:
     _library.impl("grad_kernel", run_grad_kernel, key)
 
 
+class _Triton:
+    """The module `involution.ops.triton`, imported when a first tensor needs it: Triton takes a second to import."""
+
+    @staticmethod
+    def available() -> bool:
+        return find_spec("triton") is not None
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        return import_module("involution.ops.triton")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 _register("CompositeExplicitAutograd", reference)
 if cpu.available():
     _register("CPU", cpu)
+if _Triton.available():
+    _register("CUDA", _Triton())  # ROCm's too
 
 
 # Derivatives: torch asks for those of the two tensors only, so the window arguments get None.
