@@ -88,12 +88,13 @@ def _call(command: str, *args: str) -> None:
 
 
 def _bench() -> Any:
+    from involution.analysis.bench_gpu import gpu
     from involution.analysis.bench_model import model
     from involution.analysis.bench_op import op
     from involution.analysis.bench_variants import variants
     from involution.analysis.readme import readme
 
-    return {"op": op, "variants": variants, "model": model, "readme": readme}
+    return {"op": op, "variants": variants, "model": model, "gpu": gpu, "readme": readme}
 
 
 def _convert() -> Any:

@@ -94,8 +94,8 @@ def operators(x: Tensor, kernel: Tensor, compiled: bool = True) -> dict[str, Con
         for name, loop in (("compiled taps", taps), ("compiled taps, channels innermost", taps_innermost)):
             equal[name] = torch.compile(partial(loop, padding=padding), dynamic=False)
     found = {name: Contender(run, kernel, size**2) for name, run in equal.items()}
-    depthwise = torch.randn(channels, 1, size, size, dtype=x.dtype).to(memory_format=torch.channels_last)
-    dense = torch.randn(channels, channels, 3, 3, dtype=x.dtype).to(memory_format=torch.channels_last)
+    depthwise = torch.randn(channels, 1, size, size).to(x, memory_format=torch.channels_last)
+    dense = torch.randn(channels, channels, 3, 3).to(x, memory_format=torch.channels_last)
     found[f"depthwise {size}x{size}"] = Contender(
         partial(F.conv2d, padding=padding, groups=channels), depthwise.requires_grad_(), size**2
     )

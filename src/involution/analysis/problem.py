@@ -62,12 +62,12 @@ class Problem:
         window = f"K{self.kernel_size} D{self.group_channels}"
         return {"shape": self.shape, "window": window, "dtype": self.dtype, "layout": self.layout}
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """x (B, C, H, W) and kernel (B, G, K, K, H, W), both leaves, and the gradient of the output (B, C, H, W)."""
         memory = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         groups, size = self.channels // self.group_channels, self.kernel_size
         x, kernel, grad = (
-            torch.randn(self.batch, channels, self.side, self.side)
+            torch.randn(self.batch, channels, self.side, self.side, device=device)
             .to(getattr(torch, self.dtype))
             .contiguous(memory_format=memory)
             for channels in (self.channels, groups * size**2, self.channels)

@@ -66,14 +66,18 @@ def figures(
     return {"rounds": len(times), **rounded}
 
 
-def here() -> dict[str, Any]:
-    """The fields of a row that tell what a time depends on besides the code that is timed, and when it was taken."""
+def here(device: str = "cpu") -> dict[str, Any]:
+    """The fields of a row that tell what a time depends on besides the code that is timed, and when it was taken.
+
+    Args:
+        device: type of the device that is timed, "cpu" or "cuda".
+    """
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "threads": torch.get_num_threads(),
-        "device": _processor(),
-        "implementation": implementations()["cpu"],
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "implementation": implementations()[device],
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or "no repository",
         "date": datetime.now().isoformat(timespec="seconds"),

@@ -42,9 +42,9 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
         return
     rank, groups = x.dim() - 2, out.shape[1]
     window = map(tuple, (stride, padding, dilation))
-    plan = _plan(x.shape, groups, tuple(out.shape[2 : 2 + rank]), tuple(grad.shape[2:]), *window, transposed=False)
+    plan = _plan(x.shape, groups, tuple(out.shape[2 : 2 + rank]), tuple(grad.shape[2:]), *window, False, x.dtype)
     described = (x, out, grad, *_strides(x), *_kernel_strides(out, rank), *_strides(grad), *plan.sizes)
-    shared = {"INDEX": _index(x, out, grad), "PRECISION": _precision(x.dtype)}
+    shared = {"INDEX": _index(x, out, grad), "PRECISION": _precision(x.dtype, x.shape[1] // groups)}
     with _on(x):
         if plan.tile:
             programs.products_tile[(plan.places * plan.groups,)](*described, **plan.tile, **shared, num_warps=1)
@@ -58,7 +58,7 @@ def generated(
     """Fill `out` as `reference.generated` does: on the chip for half types where that pays, else by way of memory."""
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
     settings = map(tuple, window)
-    plan = _plan(x.shape, groups, tuple(kernel_size), tuple(out.shape[2:]), *settings, transposed=False)
+    plan = _plan(x.shape, groups, tuple(kernel_size), tuple(out.shape[2:]), *settings, False, x.dtype)
     if not plan.tile or plan.tile["L_X"] > 1 or x.element_size() != 2 or not 1 <= reduced <= _FEATURES:
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
@@ -79,15 +79,16 @@ def _slide(
 ) -> None:
     """Fill `out` from `x`; transposed, these are the gradients of x and of the output."""
     rank, groups = x.dim() - 2, kernel.shape[1]
+    taps = prod(kernel.shape[2 : 2 + rank])
     if not _taps_in_line(kernel, rank):
         kernel = kernel.contiguous()
     window = map(tuple, (stride, padding, dilation))
-    plan = _plan(x.shape, groups, tuple(kernel.shape[2 : 2 + rank]), tuple(out.shape[2:]), *window, transposed)
+    plan = _plan(x.shape, groups, tuple(kernel.shape[2 : 2 + rank]), tuple(out.shape[2:]), *window, transposed, x.dtype)
     described = (x, kernel, out, *_strides(x), *_kernel_strides(kernel, rank), *_strides(out), *plan.sizes)
-    shared = {"TRANSPOSED": transposed, "INDEX": _index(x, kernel, out), "PRECISION": _precision(x.dtype)}
+    shared = {"TRANSPOSED": transposed, "INDEX": _index(x, kernel, out), "PRECISION": _precision(x.dtype, taps)}
     with _on(x):
         if plan.tile:
-            ahead = min(2, plan.tile["ROWS"]) * plan.tile["K_Y"]
+            ahead = min(2, plan.tile["ROWS"]) * plan.tile["K_Y"] if x.element_size() == 2 else 1
             programs.slide_tile[(plan.places * plan.groups,)](*described, **plan.tile, **shared, AHEAD=ahead, num_warps=1)
         else:
             programs.slide[(plan.places * plan.groups * plan.depths,)](*described, **plan.block, **shared, num_warps=plan.warps)
@@ -107,7 +108,15 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _plan(
-    x: Ints, groups: int, kernel_size: Ints, output: Ints, stride: Ints, padding: Ints, dilation: Ints, transposed: bool
+    x: Ints,
+    groups: int,
+    kernel_size: Ints,
+    output: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    transposed: bool,
+    dtype: torch.dtype,
 ) -> _Plan:
     """The plan for reading `x` (B, C, *S) and writing (B, C, *output), or a kernel for these outputs."""
     batch, total, *size = x
@@ -119,15 +128,16 @@ def _plan(
     window = dict(zip(_WINDOW_NAMES, (*kernel_size, *stride, *dilation), strict=True))
     tile: dict[str, Any] = {}
     block: dict[str, Any] = {}
-    if lead and max(stride) == 1 and channels <= 16 and max(reach) <= _WINDOW - _COLUMNS:
-        height, strips, each, blocks, warps = _height(rows), 1, 1, 1, 1
+    registers = max(1, dtype.itemsize // 2)  # for two elements
+    if lead and max(stride) == 1 and channels <= 16 and max(reach) <= _WINDOW - _COLUMNS and registers <= 2:
+        height, strips, each, blocks, warps = _height(rows) if registers == 1 else min(2, _height(rows)), 1, 1, 1, 1
         tile = {name: window[name] for name in ("K_Y", "K_X", "L_Y", "L_X")} | {"CHANNELS": channels, "ROWS": height}
     else:
         depth = min(64, max(16, triton.next_power_of_2(channels)))
         each, blocks = min(64 // depth, triton.next_power_of_2(groups)), triton.cdiv(channels, depth)
         height = min(4, triton.next_power_of_2(rows))
         strips = min(4 // height, triton.next_power_of_2(triton.cdiv(columns, _COLUMNS)))
-        warps = max(1, height * strips * each // 4)
+        warps = min(8, max(1, height * strips * each * depth * registers // 64))
         # The last position that a strip reads, from the first on.
         last = (_COLUMNS - 1 + reach[2]) // stride[2] if transposed else (_COLUMNS - 1) * stride[2] + reach[2]
         block = window | {"CHANNELS": channels, "DEPTH": depth, "GROUPS": each, "ROWS": height, "STRIPS": strips}
@@ -170,9 +180,13 @@ def _index(*tensors: Tensor) -> tl.dtype:
     return tl.int64 if reach + 64 * max(max(t.stride()[1:]) for t in tensors) >= 2**31 else tl.int32
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made of those of tensor cores: in three parts, to nearly all of its bits."""
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+def _precision(dtype: torch.dtype, terms: int) -> str:
+    """How products of float32 are made, of which `terms` are summed.
+
+    Tensor cores multiply numbers of 11 bits. A product in three parts, of high and low halves, misses by up to six
+    units of the last place; that is within the rounding of a sum of sixteen products or more, sqrt(n) + 2 units.
+    """
+    return "tf32x3" if dtype == torch.float32 and terms >= 16 and torch.version.hip is None else "ieee"
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:

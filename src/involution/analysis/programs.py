@@ -1,0 +1,175 @@
+"""What the Triton programs compile to, without a GPU: registers, spills, shared memory, instructions an output."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from involution.ops import programs
+from involution.ops import triton as implementation
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES = ("slide", "products", "slide_tile", "products_tile", "generated_tile")
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a program, as the implementation made it."""
+
+    program: Any
+    blocks: int
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """Compile for `target` with what Triton would know of the arguments there."""
+        names = self.program.arg_names
+        settings = dict(self.settings)
+        options = {"num_warps": settings.pop("num_warps")}
+        signature, constants, attributes = {}, dict(settings), {}
+        for index, (name, value) in enumerate(zip(names, self.arguments, strict=False)):
+            if isinstance(value, Tensor):
+                signature[name] = "*" + _TYPES[value.dtype]
+            elif value == 1 and name not in self.program.do_not_specialize:
+                constants[name] = 1
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = isinstance(value, Tensor) or (value % 16 == 0 and name not in self.program.do_not_specialize)
+            if name in signature and aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(constants, "constexpr")
+        ordered = {name: signature[name] for name in names}
+        source = ASTSource(fn=self.program, signature=ordered, constexprs=constants, attrs=attributes)
+        return triton.compile(source, target=target, options=options)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out for one program and target.
+
+    `instructions` are thread instructions for each output element and exist only where they can be counted: in a
+    program without loops for an NVIDIA GPU.
+    """
+
+    program: str
+    target: str
+    shape: str
+    dtype: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    widest_load_bytes: int
+    instructions: float | None
+
+    def row(self) -> dict[str, Any]:
+        """As a row of a table."""
+        return asdict(self)
+
+
+def launches(call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` would make; its tensors may be on the meta device, as nothing runs."""
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, program: Any) -> None:
+            self.program = program
+
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(*arguments: Any, **settings: Any) -> None:
+                found.append(Launch(self.program, grid[0], arguments, settings))
+
+            return launch
+
+    with _replaced(Recorder):
+        call()
+    return found
+
+
+@contextmanager
+def _replaced(recorder: Callable[[Any], Any]) -> Iterator[None]:
+    patches = [patch.object(programs, name, recorder(getattr(programs, name))) for name in _NAMES]
+    for each in patches:
+        each.start()
+    try:
+        yield
+    finally:
+        for each in patches:
+            each.stop()
+
+
+def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
+    """Compile `launch` for `target` and read what came out; `outputs` are the elements that all blocks write."""
+    kernel = launch.compile(TARGETS[target])
+    name = launch.program.__name__
+    dtype = str(launch.arguments[0].dtype).removeprefix("torch.")
+    if TARGETS[target].backend == "hip":
+        text = kernel.asm["amdgcn"]
+        found = [int(re.findall(rf"\.{field}:\s+(\d+)", text)[-1]) for field in ("vgpr_count", "vgpr_spill_count")]
+        widest = max((4 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)), default=4)
+        return Compiled(name, target, shape, dtype, found[0], 4 * found[1], kernel.metadata.shared, widest, None)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage, code = (_tool(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[-1]) for field in ("REG", "STACK"))
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    widths = [int(n) // 8 for _, op, _ in instructions for n in re.findall(r"^LDG\.E(?:\.\w+)*?\.(32|64|128)", op + "")]
+    threads = launch.blocks * 32 * launch.settings["num_warps"]
+    work = [op for _, op, _ in instructions if not op.startswith("NOP")]
+    counted = None if _loops(instructions) else round(len(work) * threads / outputs, 1)
+    return Compiled(name, target, shape, dtype, registers, stack, kernel.metadata.shared, max(widths, default=4), counted)
+
+
+def _loops(instructions: list[tuple[str, str, str]]) -> bool:
+    """Whether the code branches back, other than to the branch itself, which is how it ends."""
+    return any(
+        int(goal.group(1), 16) < int(at, 16)
+        for at, op, rest in instructions
+        if op.startswith("BRA") and (goal := re.search(r"0x([0-9a-f]+)", rest))
+    )
+
+
+def _tool(option: str, file: str) -> str:
+    return subprocess.run([_TOOLS / "cuobjdump", option, file], capture_output=True, text=True, check=True).stdout
+
+
+def rednet50(dtype: torch.dtype, batch: int = 128) -> Iterator[tuple[str, int, Launch]]:
+    """Shape, outputs and launches of all programs where RedNet-50 calls them with stride 1, in channels-last layout."""
+    window = ((1, 1), (3, 3), (1, 1))
+    for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        groups = channels // 16
+
+        def tensor(width: int, side: int = side) -> Tensor:
+            empty = torch.empty(batch, width, side, side, dtype=dtype, device="meta")
+            return empty.to(memory_format=torch.channels_last)
+
+        x, kernel = tensor(channels), tensor(groups * 49).unflatten(1, (groups, 7, 7))
+        weight = torch.empty(groups * 49, channels // 4, dtype=dtype, device="meta")
+        span = (tensor(channels // 4), weight, weight[:, 0].contiguous(), (7, 7))
+        calls: list[Callable[[], None]] = [
+            lambda x=x, kernel=kernel: implementation.forward(x, x, kernel, *window),  # type: ignore[misc]
+            lambda x=x, kernel=kernel: implementation.grad_x(x, x, kernel, *window),  # type: ignore[misc]
+            lambda x=x, kernel=kernel: implementation.grad_kernel(kernel, x, x, *window),  # type: ignore[misc]
+            lambda x=x, span=span: implementation.generated(x, x, *span, *window),  # type: ignore[misc]
+        ]
+        for call in calls:
+            for launch in launches(call):
+                yield f"{batch}x{channels}x{side}x{side}", x.numel(), launch

@@ -1,0 +1,295 @@
+"""The Triton programs: on a GPU where there is one, else in Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod, sqrt
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from involution import Involution2d, implementations, involution
+from involution.ops import cpu, reference
+from involution.ops.functional import generated_involution
+
+from ..cases import CASES, DTYPES, LAYOUTS, OPS, Case, Problem, arguments, case, problem, run_reference, run_served
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+on_the_programs = pytest.mark.gpu
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no CUDA stream and no compiled code")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> Iterator[None]:
+    """Let the programs serve CPU tensors, if this process interprets them."""
+    if not INTERPRETED:
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from involution.ops import triton as programs
+
+    multiply, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def float32(t: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if t.dtype.scalar != tl.bfloat16:
+            return t
+        return interpreter.TensorHandle(convert(t.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+
+    def convert_to_nearest(data: np.ndarray, source: tl.dtype, goal: tl.dtype, mode: object) -> np.ndarray:
+        if source == tl.float32 and goal == tl.bfloat16:
+            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, goal, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Two faults of the interpreter's own, in 3.6 and 3.8: it keeps bfloat16 as integers, and multiplies these; and
+        # it cuts float32 off to bfloat16, which every GPU rounds to the nearest.
+        patch.setattr(interpreter, "_convert_float", convert_to_nearest)
+        patch.setattr(
+            interpreter.InterpreterBuilder,
+            "create_dot",
+            lambda self, a, b, *rest: multiply(self, float32(a), float32(b), *rest),
+        )
+        for name in (*OPS, "generated"):
+            patch.setattr(cpu, name, getattr(programs, name))
+        yield
+
+
+def _run(op: str, x: Tensor, kernel: Tensor, grad: Tensor, window: object) -> Tensor:
+    """The op on the device, for inputs laid out as given."""
+    tensors = []
+    for t in (x, kernel, grad):
+        if DEVICE == "cpu":
+            tensors.append(t)
+            continue
+        base = t if t._base is None else t._base
+        # Moved with everything around it, so that what lies between its elements comes along.
+        there = torch.empty(base.untyped_storage().nbytes() // base.element_size(), dtype=t.dtype, device=DEVICE)
+        there.copy_(torch.as_strided(base, (there.numel(),), (1,), 0))
+        tensors.append(there.as_strided(t.shape, t.stride(), t.storage_offset()))
+    return run_served(op, *tensors, window).cpu()  # type: ignore[arg-type]
+
+
+def _small(each: Case) -> Case:
+    return replace(each, batch=min(each.batch, 1)) if INTERPRETED else each
+
+
+@on_the_programs
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "every_second"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
+    problem(_small(case), dtype).check(_run, LAYOUTS[layout])
+
+
+_WIDE = (
+    # More than one tile, with and without a remainder; 56 and 28 are what RedNets have.
+    case((28, 30), 7, padding=3, batch=1, groups=3, group_channels=16),
+    case((17, 9), 5, padding=4, dilation=2, batch=1, groups=2, group_channels=12),
+    case((9, 33), (3, 9), padding=(1, 4), batch=1, groups=1, group_channels=16),
+    case((19, 23), 7, stride=2, padding=3, batch=1, groups=5, group_channels=16),
+    case((9, 20), 3, padding=1, batch=1, groups=2, group_channels=80),
+    case((40,), 24, padding=3, dilation=1, batch=1, groups=2, group_channels=5),
+)
+
+
+@on_the_programs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", _WIDE, ids=str)
+def test_more_than_one_tile(case: Case, dtype: torch.dtype) -> None:
+    problem(case, dtype).check(_run, LAYOUTS["channels_last"])
+
+
+def _generated_inputs(each: Case, dtype: torch.dtype, reduced: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    x, kernel, _ = each.tensors(dtype)
+    outputs = each.groups * prod(each.window.kernel_size)
+    shapes = ((each.batch, reduced, *kernel.shape[x.dim() :]), (outputs, reduced), (outputs,))
+    return [x, *(torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes)]
+
+
+_GENERATED = (
+    case((7, 7), 7, padding=3, batch=1, group_channels=16),
+    case((13, 9), 7, padding=3, batch=1, group_channels=16),
+    case((13, 17), 3, padding=1, batch=2, groups=3, group_channels=16),
+    case((6, 20), (5, 3), padding=(4, 0), dilation=(2, 1), batch=1, group_channels=9),
+    case((9,), 3, padding=1, batch=1),
+    case((13, 9), 7, stride=2, padding=3, batch=1, group_channels=16),  # by way of memory, as the rest
+    case((4, 5, 6), 3, padding=1, batch=1),
+)
+
+
+@on_the_programs
+@pytest.mark.parametrize("reduced", [5, 32, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", _GENERATED, ids=str)
+def test_generated(case: Case, dtype: torch.dtype, reduced: int) -> None:
+    """Like the unfused layer it rounds the kernel to the dtype: half an eps of every product, over one of rounding."""
+    tensors = _generated_inputs(case, dtype, reduced)
+    x, features, weight, bias = (t.double() for t in tensors)
+    window = case.window
+    grad = x.new_empty((*x.shape[:2], *features.shape[2:]))
+    value = run_reference("forward", x, reference.span(features, weight, bias, window.kernel_size), grad, window)
+    sizes = reference.span(features.abs(), weight.abs(), bias.abs(), window.kernel_size)
+    absolute = run_reference("forward", x.abs(), sizes, grad, window)
+    kernel = reference.span(features, weight, bias, window.kernel_size).abs()
+    rounded = run_reference("forward", x.abs(), kernel, grad, window)
+    rounding, step = torch.finfo(dtype), torch.finfo(torch.float32).eps
+    terms = sqrt(reduced + 1) + sqrt(prod(window.kernel_size)) + 2
+    budget = rounding.eps / 2 * (value.abs().clamp(min=rounding.tiny) + rounded) + step * terms * absolute
+    settings = (window.kernel_size, window.stride, window.padding, window.dilation)
+    on_device = [LAYOUTS["channels_last"][0](t, x.dim() - 2) if t.dim() == x.dim() else t for t in tensors]
+    got = torch.ops.involution.generated(*(t.to(DEVICE) for t in on_device), *settings).cpu()
+    assert got.dtype == dtype
+    assert bool(((got.double() - value).abs() <= budget).all())
+
+
+@on_the_programs
+def test_nan_stays_in_its_tile() -> None:
+    """A NaN in x reaches what reads it, and at most the rest of the strips that read its neighbourhood."""
+    each = case((30, 40), 7, padding=3, batch=1, group_channels=16)
+    x, kernel, _ = each.tensors(torch.bfloat16)
+    x[0, 3, 15, 20] = torch.nan
+    y = involution(x.to(DEVICE), kernel.to(DEVICE), padding=3).cpu()[0]
+    assert bool(y[3, 12:19, 17:24].isnan().all())
+    assert not y[:3].isnan().any() and not y[4:].isnan().any()
+    assert not y[:, :12].isnan().any() and not y[:, 19:].isnan().any()
+    assert not y[..., : 17 - 9].isnan().any() and not y[..., 24 + 9 :].isnan().any()
+
+
+@on_the_programs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_change(dtype: torch.dtype) -> None:
+    each = case((15, 15), 7, padding=3, batch=1, groups=2, group_channels=16)
+    tensors = [t.to(DEVICE) for t in each.tensors(dtype)]
+    for op in OPS:
+        first, second = (run_served(op, *tensors, each.window) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@on_the_programs
+@not_interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    each = case((5, 6), 3, stride=(1, 2), padding=1, batch=1, group_channels=2)
+    args = arguments(op, *(t.to(DEVICE).requires_grad_() for t in each.tensors(torch.float32)), each.window)
+    torch.library.opcheck(getattr(torch.ops.involution, op), args)
+
+
+@on_the_programs
+@not_interpreted
+def test_gradients_of_gradients() -> None:
+    each = case((5, 4), 3, padding=1, batch=1, groups=1, group_channels=2)
+    x, kernel, _ = (t.to(DEVICE).requires_grad_() for t in each.tensors(torch.float64))
+    torch.autograd.gradcheck(lambda x, k: involution(x, k, padding=1), (x, kernel))
+    torch.autograd.gradgradcheck(lambda x, k: involution(x, k, padding=1), (x, kernel))
+    tensors = [t.to(DEVICE).requires_grad_() for t in _generated_inputs(each, torch.float64, 2)]
+    torch.autograd.gradcheck(lambda *t: generated_involution(*t, 3, padding=1), tensors)
+    torch.autograd.gradgradcheck(lambda *t: generated_involution(*t, 3, padding=1), tensors)
+
+
+def _layer_results(layer: Involution2d, x: Tensor, run: object = None) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = (layer if run is None else run)(x)  # type: ignore[operator]
+    y.float().square().sum().backward()
+    results = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    layer.zero_grad()
+    return [t.cpu() for t in results if t is not None]
+
+
+@on_the_programs
+@not_interpreted
+@pytest.mark.parametrize("channels", [32, 256])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layer_is_that_of_the_cpu(channels: int, stride: int) -> None:
+    torch.manual_seed(0)
+    layer = Involution2d(channels, stride=stride)
+    x = torch.randn(2, channels, 15, 13).to(memory_format=torch.channels_last)
+    expected = _layer_results(layer, x)
+    got = _layer_results(layer.to(DEVICE), x.to(DEVICE))
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+
+
+@on_the_programs
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_compiled(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Involution2d(64).to(DEVICE)
+    x = torch.randn(2, 64, 14, 14, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.autocast(DEVICE, dtype):
+        expected = _layer_results(layer, x)
+        got = _layer_results(layer, x, torch.compile(layer, fullgraph=True))
+    assert expected[0].dtype == dtype
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=5e-2, atol=5e-2 * float(a.float().abs().max()))
+
+
+@on_the_programs
+@not_interpreted
+def test_in_a_cuda_graph() -> None:
+    layer = Involution2d(64).to(DEVICE, torch.bfloat16).eval()
+    x = torch.randn(2, 64, 14, 14, device=DEVICE, dtype=torch.bfloat16)
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        expected = layer(other)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(other)
+        graph.replay()
+    assert torch.equal(y, expected)
+
+
+@on_the_programs
+@not_interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_strides_beyond_int32(op: str) -> None:
+    """Channels more than 2^31 / 16 elements apart, so that offsets within an image need 64 bits."""
+    each = case((9, 9), 7, padding=3, batch=2, groups=1, group_channels=16)
+    tensors = each.tensors(torch.bfloat16)
+    far = []
+    for t in tensors:
+        stride = 2**31 // 12
+        buffer = torch.empty(stride * t.shape[1] * 2, dtype=t.dtype, device=DEVICE)
+        far.append(buffer.as_strided(t.shape, (stride * t.shape[1], stride, *t.stride()[2:])).copy_(t))
+    Problem(*tensors, each.window).check_op(op, run_served(op, *far, each.window).cpu())
+
+
+def test_who_serves_a_gpu() -> None:
+    assert implementations()["cuda"] == "Triton"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it is the interpreter")
+def test_in_the_interpreter() -> None:
+    """All cases in bfloat16, and a few in the other types; `make test-slow` interprets everything."""
+    chosen = "(bfloat16 and channels_last) or more_than_one_tile or nan or bits or (generated and 32)"
+    _interpret("-k", chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="it is the interpreter")
+def test_all_in_the_interpreter() -> None:
+    _interpret()
+
+
+def _interpret(*options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *options, __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
