@@ -123,7 +123,7 @@ class BottleneckGenerator(SpanGenerator):
         return features
 
     def fuse(self) -> Self:
-        """Fold the norm into `reduce`; `timm.models.reparameterize_model` calls this. See `fold_norms`."""
+        """Fold the norm into `reduce`; `timm.utils.reparameterize_model` calls this. See `fold_norms`."""
         fold_norms(self, reduce="norm")
         return self
 

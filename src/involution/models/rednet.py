@@ -32,7 +32,7 @@ class ConvNorms(nn.Sequential):
     """Layers in turn; each batch norm right behind a convolution can be folded into it."""
 
     def fuse(self) -> Self:
-        """Fold the norms into the convolutions; `timm.models.reparameterize_model` calls this. See `fold_norms`."""
+        """Fold the norms into the convolutions; `timm.utils.reparameterize_model` calls this. See `fold_norms`."""
         fold_norms(self, **dict(pairwise(self._modules)))
         return self
 
@@ -68,7 +68,7 @@ class Bottleneck(nn.Module):
         return self.act3(y)
 
     def fuse(self) -> Self:
-        """Fold the norms into the convolutions; `timm.models.reparameterize_model` calls this. See `fold_norms`."""
+        """Fold the norms into the convolutions; `timm.utils.reparameterize_model` calls this. See `fold_norms`."""
         fold_norms(self, conv1="bn1", conv3="bn3")
         return self
 

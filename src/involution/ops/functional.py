@@ -16,6 +16,8 @@ from involution.ops import library, reference
 from involution.ops.window import IntOrInts, Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Asked once, as compiled code cannot ask in torch 2.11; of the other types of devices torch may refuse to answer.
+_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(d))
 
 
 def involution(
@@ -232,7 +234,7 @@ def _check_alike(x: Tensor, name: str, value: Tensor) -> None:
 
 def autocast_enabled(device: str) -> bool:
     """Whether tensors on this type of device are cast by `torch.autocast` now; never on one that it does not know."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def _autocast(x: Tensor) -> Tensor:
