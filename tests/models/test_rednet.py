@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models import load_checkpoint, reparameterize_model
+from timm.models import load_checkpoint
 from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

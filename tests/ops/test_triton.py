@@ -160,9 +160,9 @@ def test_nan_stays_in_its_tile() -> None:
     x[0, 3, 15, 20] = torch.nan
     y = involution(x.to(DEVICE), kernel.to(DEVICE), padding=3).cpu()[0]
     assert bool(y[3, 12:19, 17:24].isnan().all())
-    assert not y[:3].isnan().any() and not y[4:].isnan().any()
-    assert not y[:, :12].isnan().any() and not y[:, 19:].isnan().any()
-    assert not y[..., : 17 - 9].isnan().any() and not y[..., 24 + 9 :].isnan().any()
+    elsewhere = y.clone()
+    elsewhere[3, 12:19, 17 - 9 : 24 + 9] = 0
+    assert not elsewhere.isnan().any()
 
 
 @on_the_programs

@@ -135,7 +135,8 @@ def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
     threads = launch.blocks * 32 * launch.settings["num_warps"]
     work = [op for _, op, _ in instructions if not op.startswith("NOP")]
     counted = None if _loops(instructions) else round(len(work) * threads / outputs, 1)
-    return Compiled(name, target, shape, dtype, registers, stack, kernel.metadata.shared, max(widths, default=4), counted)
+    shared, widest = kernel.metadata.shared, max(widths, default=4)
+    return Compiled(name, target, shape, dtype, registers, stack, shared, widest, counted)
 
 
 def _loops(instructions: list[tuple[str, str, str]]) -> bool:

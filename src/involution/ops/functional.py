@@ -17,7 +17,7 @@ from involution.ops.window import IntOrInts, Window
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Asked once, as compiled code cannot ask in torch 2.11; of the other types of devices torch may refuse to answer.
-_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(d))
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
 
 
 def involution(

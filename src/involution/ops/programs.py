@@ -109,7 +109,9 @@ def slide(
         window = start[:, None] * S_X - P_X + i[None, :]
     x += batch * x_b
     kernel += batch * k_b
-    total = tl.zeros((ROWS * STRIPS * GROUPS, DEPTH, COLUMNS), tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
+    total = tl.zeros(
+        (ROWS * STRIPS * GROUPS, DEPTH, COLUMNS), tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    )
     for t_z in range(K_Z):
         read_z, has_z = _read(z, t_z, S_Z, P_Z, L_Z, I_Z, TRANSPOSED)
         for t_y in range(K_Y):
@@ -231,7 +233,9 @@ def products(
 
 
 @triton.jit
-def _rows_of(x, x_y, x_x, x_c, row, column, I_Y, I_X, NEEDED: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr):
+def _rows_of(
+    x, x_y, x_x, x_c, row, column, I_Y, I_X, NEEDED: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr
+):
     """Sixteen rows of x (16 columns, 16 channels) from a row and column on; zero outside, and after those NEEDED.
 
     One load for all of them: loads of one row each would wait for one another.
@@ -247,7 +251,19 @@ def _rows_of(x, x_y, x_x, x_c, row, column, I_Y, I_X, NEEDED: tl.constexpr, CHAN
 
 
 @triton.jit
-def _band(at, ok, n: tl.constexpr, row, k_y, k_t, size, K_Y: tl.constexpr, K_X: tl.constexpr, L_Y: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _band(
+    at,
+    ok,
+    n: tl.constexpr,
+    row,
+    k_y,
+    k_t,
+    size,
+    K_Y: tl.constexpr,
+    K_X: tl.constexpr,
+    L_Y: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
     """The n-th band of a tile: that of output row n // K_Y and of row n % K_Y of taps."""
     if TRANSPOSED:
         source = row + n // K_Y + (K_Y - 1 - n % K_Y) * L_Y
@@ -389,7 +405,9 @@ def generated_tile(
         totals = totals + (tl.zeros((WINDOW, COLUMNS), tl.float32),)
     for t_y in tl.static_range(K_Y):
         output = (group.to(INDEX) * K_Y + t_y) * K_X + i
-        taps = tl.load(weight + output[None, :] * w_o + r[:, None] * w_r, (i < K_X)[None, :] & (r < REDUCED)[:, None], 0.0)
+        taps = tl.load(
+            weight + output[None, :] * w_o + r[:, None] * w_r, (i < K_X)[None, :] & (r < REDUCED)[:, None], 0.0
+        )
         shift = tl.load(bias + output, i < K_X, 0.0).to(tl.float32)
         kernels = (tl.dot(made, taps) + shift[None, :]).to(x.dtype.element_ty)
         low, high = tl.split(kernels.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(tile, WINDOW // 2, 2))

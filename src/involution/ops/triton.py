@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -47,9 +48,9 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
     shared = {"INDEX": _index(x, out, grad), "PRECISION": _precision(x.dtype, x.shape[1] // groups)}
     with _on(x):
         if plan.tile:
-            programs.products_tile[(plan.places * plan.groups,)](*described, **plan.tile, **shared, num_warps=1)
+            programs.products_tile[plan.grid](*described, **plan.tile, **shared, num_warps=1)
         else:
-            programs.products[(plan.places * plan.groups,)](*described, **plan.block, **shared, num_warps=plan.warps)
+            programs.products[plan.grid](*described, **plan.block, **shared, num_warps=plan.warps)
 
 
 def generated(
@@ -63,7 +64,7 @@ def generated(
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
     with _on(x):
-        programs.generated_tile[(plan.places * plan.groups,)](
+        programs.generated_tile[plan.grid](
             *(x, features, weight, bias.contiguous(), out),
             *(*_strides(x), *_strides(features), *weight.stride(), *_strides(out), *plan.sizes),
             **{name: value for name, value in plan.tile.items() if name != "L_X"},
@@ -89,17 +90,16 @@ def _slide(
     with _on(x):
         if plan.tile:
             ahead = min(2, plan.tile["ROWS"]) * plan.tile["K_Y"] if x.element_size() == 2 else 1
-            programs.slide_tile[(plan.places * plan.groups,)](*described, **plan.tile, **shared, AHEAD=ahead, num_warps=1)
+            programs.slide_tile[plan.grid](*described, **plan.tile, **shared, AHEAD=ahead, num_warps=1)
         else:
-            programs.slide[(plan.places * plan.groups * plan.depths,)](*described, **plan.block, **shared, num_warps=plan.warps)
+            programs.slide[plan.grid_of_depths](*described, **plan.block, **shared, num_warps=plan.warps)
 
 
 class _Plan(NamedTuple):
     """How a problem is cut: the grid, arguments all programs share, and settings of one family or the other."""
 
-    places: int  # blocks of outputs, in all images
-    groups: int  # blocks of groups
-    depths: int  # blocks of channels in a group
+    grid: tuple[int]
+    grid_of_depths: tuple[int]  # where each block of channels in a group has a program of its own
     sizes: tuple[int, ...]
     tile: dict[str, Any]  # empty where the window does not fit a tile
     block: dict[str, Any]
@@ -144,8 +144,8 @@ def _plan(
         block["CHUNKS"] = last // _WINDOW + 1
     row_blocks, strip_blocks = triton.cdiv(rows, height), triton.cdiv(columns, _COLUMNS * strips)
     sizes = (*lead, *size, *lead, *output, *padding, groups, row_blocks, strip_blocks)
-    each_image = depths * row_blocks * strip_blocks
-    return _Plan(batch * each_image, triton.cdiv(groups, each), blocks, sizes, tile, block, warps)
+    count = batch * depths * row_blocks * strip_blocks * triton.cdiv(groups, each)
+    return _Plan((count,), (count * blocks,), sizes, tile, block, warps)
 
 
 def _height(rows: int) -> int:
@@ -157,9 +157,8 @@ def _height(rows: int) -> int:
 
 def _taps_in_line(kernel: Tensor, rank: int) -> bool:
     """Whether one stride leads from each tap to the next."""
-    axes = [(n, step) for n, step in zip(kernel.shape, kernel.stride(), strict=True)][2 : 2 + rank]
-    axes = [(n, step) for n, step in axes if n > 1]
-    return all(outer == n * inner for (_, outer), (n, inner) in zip(axes, axes[1:], strict=False))
+    axes = list(zip(kernel.shape, kernel.stride(), strict=True))[2 : 2 + rank]
+    return all(outer == n * inner for (_, outer), (n, inner) in pairwise(axis for axis in axes if axis[0] > 1))
 
 
 def _kernel_strides(kernel: Tensor, rank: int) -> tuple[int, ...]:
