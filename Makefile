@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup train test test-slow sanitize arm64 lint
+.PHONY: help setup train test test-slow bench-gpu sanitize arm64 lint
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -46,6 +46,11 @@ build/sanitized/.compiled: CMakeLists.txt src/involution/csrc/involution.cpp
 	cmake -S . -B build/sanitized -DSANITIZE=ON -DCMAKE_CXX_COMPILER=g++
 	cmake --build build/sanitized --parallel 2
 	@touch $@
+
+bench-gpu: setup ## On a machine with a GPU: test the programs, then time them into benchmarks/gpu.csv
+	$(BIN)/python -m pytest -m gpu tests/ops/test_triton.py
+	$(BIN)/involution bench gpu --out benchmarks
+	$(BIN)/involution bench readme
 
 arm64: ## Compile the library for arm64, without running it
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then compiler=aarch64-linux-gnu-g++; \

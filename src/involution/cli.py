@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,12 @@ def _bench() -> Any:
     from involution.analysis.bench_variants import variants
     from involution.analysis.readme import readme
 
-    return {"op": op, "variants": variants, "model": model, "gpu": gpu, "readme": readme}
+    found = {"op": op, "variants": variants, "model": model, "gpu": gpu, "readme": readme}
+    if find_spec("triton"):  # a torch without GPUs comes without it
+        from involution.analysis.programs import programs
+
+        found["programs"] = programs
+    return found
 
 
 def _convert() -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from involution.ops import programs
+from involution.analysis import table
+from involution.ops import programs as source
 from involution.ops import triton as implementation
 
 TARGETS = {
@@ -44,6 +47,8 @@ class Launch:
         """Compile for `target` with what Triton would know of the arguments there."""
         names = self.program.arg_names
         settings = dict(self.settings)
+        if target.backend == "hip" and settings.get("PRECISION") == "tf32x3":
+            settings["PRECISION"] = "ieee"  # as the implementation asks for there
         options = {"num_warps": settings.pop("num_warps")}
         signature, constants, attributes = {}, dict(settings), {}
         for index, (name, value) in enumerate(zip(names, self.arguments, strict=False)):
@@ -58,8 +63,8 @@ class Launch:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
         ordered = {name: signature[name] for name in names}
-        source = ASTSource(fn=self.program, signature=ordered, constexprs=constants, attrs=attributes)
-        return triton.compile(source, target=target, options=options)
+        code = ASTSource(fn=self.program, signature=ordered, constexprs=constants, attrs=attributes)
+        return triton.compile(code, target=target, options=options)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Compiled:
     """
 
     program: str
+    direction: str
     target: str
     shape: str
     dtype: str
@@ -80,9 +86,35 @@ class Compiled:
     widest_load_bytes: int
     instructions: float | None
 
-    def row(self) -> dict[str, Any]:
-        """As a row of a table."""
-        return asdict(self)
+
+def programs(
+    targets: Sequence[Literal["sm_80", "sm_90", "gfx942"]] = ("sm_80", "sm_90", "gfx942"),
+    dtypes: Sequence[Literal["bfloat16", "float16", "float32"]] = ("bfloat16", "float16", "float32"),
+    out: Path = Path("runs/bench"),
+) -> list[Compiled]:
+    """Compile the programs that RedNet-50 calls for GPUs that need not be here, and tell what came out.
+
+    Args:
+        targets: sm_80 (A100), sm_90 (H100, H200) and gfx942 (MI300).
+        dtypes: of all tensors.
+        out: folder for programs.csv, which is written anew.
+    """
+    found = []
+    for target in targets:
+        for dtype in dtypes:
+            print(f"compiling for {target}, {dtype} ...", file=sys.stderr, flush=True)
+            for shape, outputs, launch in rednet50(getattr(torch, dtype)):
+                if launch.program.__name__ != "generated_tile" or TARGETS[target].backend == "cuda":
+                    found.append(inspect(launch, target, outputs, shape))
+    out.mkdir(parents=True, exist_ok=True)
+    names = [field.name for field in fields(Compiled)]
+    with (out / "programs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in found)
+    print(f"\nwritten to {out / 'programs.csv'}\n")
+    print(table.markdown([names, *(["-" if cell is None else str(cell) for cell in astuple(row)] for row in found)]))
+    return found
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
@@ -106,7 +138,7 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 @contextmanager
 def _replaced(recorder: Callable[[Any], Any]) -> Iterator[None]:
-    patches = [patch.object(programs, name, recorder(getattr(programs, name))) for name in _NAMES]
+    patches = [patch.object(source, name, recorder(getattr(source, name))) for name in _NAMES]
     for each in patches:
         each.start()
     try:
@@ -119,13 +151,16 @@ def _replaced(recorder: Callable[[Any], Any]) -> Iterator[None]:
 def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
     """Compile `launch` for `target` and read what came out; `outputs` are the elements that all blocks write."""
     kernel = launch.compile(TARGETS[target])
-    name = launch.program.__name__
+    name, reads_gradient = launch.program.__name__, launch.settings.get("TRANSPOSED", False)
+    direction = "gradient of x" if reads_gradient else "gradient of kernel" if "products" in name else "forward"
     dtype = str(launch.arguments[0].dtype).removeprefix("torch.")
     if TARGETS[target].backend == "hip":
         text = kernel.asm["amdgcn"]
         found = [int(re.findall(rf"\.{field}:\s+(\d+)", text)[-1]) for field in ("vgpr_count", "vgpr_spill_count")]
         widest = max((4 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)), default=4)
-        return Compiled(name, target, shape, dtype, found[0], 4 * found[1], kernel.metadata.shared, widest, None)
+        return Compiled(
+            name, direction, target, shape, dtype, found[0], 4 * found[1], kernel.metadata.shared, widest, None
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage, code = (_tool(option, file.name) for option in ("-res-usage", "-sass"))
@@ -136,7 +171,7 @@ def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
     work = [op for _, op, _ in instructions if not op.startswith("NOP")]
     counted = None if _loops(instructions) else round(len(work) * threads / outputs, 1)
     shared, widest = kernel.metadata.shared, max(widths, default=4)
-    return Compiled(name, target, shape, dtype, registers, stack, shared, widest, counted)
+    return Compiled(name, direction, target, shape, dtype, registers, stack, shared, widest, counted)
 
 
 def _loops(instructions: list[tuple[str, str, str]]) -> bool:
@@ -153,7 +188,11 @@ def _tool(option: str, file: str) -> str:
 
 
 def rednet50(dtype: torch.dtype, batch: int = 128) -> Iterator[tuple[str, int, Launch]]:
-    """Shape, outputs and launches of all programs where RedNet-50 calls them with stride 1, in channels-last layout."""
+    """Shape, outputs and launches of programs where RedNet-50 calls them with stride 1, in channels-last layout.
+
+    Of launches that differ in nothing that is compiled, the first.
+    """
+    seen = set()
     window = ((1, 1), (3, 3), (1, 1))
     for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
         groups = channels // 16
@@ -173,4 +212,7 @@ def rednet50(dtype: torch.dtype, batch: int = 128) -> Iterator[tuple[str, int, L
         ]
         for call in calls:
             for launch in launches(call):
-                yield f"{batch}x{channels}x{side}x{side}", x.numel(), launch
+                compiled = (launch.program, *sorted((name, str(value)) for name, value in launch.settings.items()))
+                if compiled not in seen:
+                    seen.add(compiled)
+                    yield f"{batch}x{channels}x{side}x{side}", x.numel(), launch

@@ -17,7 +17,7 @@ def readme(file: Path = Path("README.md"), folder: Path = Path("benchmarks")) ->
 
     Args:
         file: a text file with the two comments that the measurements stand between.
-        folder: folder of op.csv and model.csv, as the other benchmarks write them; either may be missing.
+        folder: folder of op.csv, model.csv and gpu.csv, as the other benchmarks write them; each may be missing.
 
     Raises:
         ValueError: if the file lacks the comments, or a CSV file has other columns than those of today.
@@ -30,12 +30,13 @@ def readme(file: Path = Path("README.md"), folder: Path = Path("benchmarks")) ->
 
 
 def measurements(folder: Path) -> str:
-    """The newest rows of op.csv and model.csv in `folder` as Markdown, or a sentence that there are none."""
-    paths = [path for name in ("op", "model") if (path := folder / f"{name}.csv").exists()]
-    rows = [row for path in paths for row in record.newest(record.read(path))]
-    parts = [*_operator([row for row in rows if row.benchmark == "op"])]
-    parts += _networks([row for row in rows if row.benchmark == "model"])
-    return "\n\n".join(parts) or _NONE
+    """The newest rows of op.csv, model.csv and gpu.csv in `folder` as Markdown, or a sentence that there are none."""
+    op, model, gpu = (_newest(folder / f"{name}.csv") for name in ("op", "model", "gpu"))
+    return "\n\n".join([*_operator(op), *_networks(model), *_gpu(gpu)]) or _NONE
+
+
+def _newest(path: Path) -> list[Row]:
+    return record.newest(record.read(path)) if path.exists() else []
 
 
 def _operator(rows: list[Row]) -> list[str]:
@@ -56,10 +57,31 @@ def _networks(rows: list[Row]) -> list[str]:
     return [f"Networks: time and peak memory, divided. {_measured(rows)}", table.summary(rows)]
 
 
+def _gpu(rows: list[Row]) -> list[str]:
+    parts = []
+    for setting in dict.fromkeys((row.device, row.dtype) for row in rows):
+        here = [row for row in rows if (row.device, row.dtype) == setting]
+        measured = f"Medians on {_runs(here)}."
+        for benchmark, what in (("op", "operator and its rivals"), ("layer", "layer")):
+            chosen = [r for r in here if r.benchmark == benchmark and not r.contender.startswith("copy")]
+            if chosen:
+                parts.append(f"On a GPU, the {what} ({setting[1]}, channels_last). {measured}")
+                parts.append(table.against_base(chosen, table.TIME))
+        networks = [row for row in here if row.benchmark == "model"]
+        if networks:
+            parts += [f"On a GPU, networks ({setting[1]}): time and peak memory, divided.", table.summary(networks)]
+    return parts
+
+
 def _measured(rows: list[Row]) -> str:
+    """How, where and when on a processor."""
+    return f"Medians of interleaved rounds on {_runs(rows)}."
+
+
+def _runs(rows: list[Row]) -> str:
     """Where and when."""
     runs = dict.fromkeys(
         f"{row.device}, {row.threads} threads, torch {row.torch}, commit {row.commit}, {row.date.partition('T')[0]}"
         for row in rows
     )
-    return f"Medians of interleaved rounds on {'; '.join(runs)}."
+    return "; ".join(runs)

@@ -106,7 +106,7 @@ def generated_involution(
         TypeError: if an argument is no tensor, or the dtypes disagree or are not floating point.
         ValueError: if shapes, devices or window settings do not fit; the message shows both sides.
 
-    Numerics: kernels of half types are generated and used in float32, and never rounded to the half type.
+    Numerics: kernels of half types are generated in float32; on a CPU they are used so, on a GPU rounded once.
 
     Example:
         >>> x, features = torch.randn(2, 32, 13, 13), torch.randn(2, 8, 13, 13)

@@ -60,7 +60,8 @@ def generated(
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
     settings = map(tuple, window)
     plan = _plan(x.shape, groups, tuple(kernel_size), tuple(out.shape[2:]), *settings, False, x.dtype)
-    if not plan.tile or plan.tile["L_X"] > 1 or x.element_size() != 2 or not 1 <= reduced <= _FEATURES:
+    fits = plan.tile and plan.tile["L_X"] == 1 and x.element_size() == 2 and 1 <= reduced <= _FEATURES
+    if not fits or torch.version.hip is not None:  # for AMD's GPUs the program spills registers
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
     with _on(x):
