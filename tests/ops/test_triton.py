@@ -78,6 +78,11 @@ def _run(op: str, x: Tensor, kernel: Tensor, grad: Tensor, window: object) -> Te
     return run_served(op, *tensors, window).cpu()  # type: ignore[arg-type]
 
 
+def _few(cases: tuple[Case, ...], step: int) -> list[object]:
+    """The cases as parameters; of which all but every `step`-th are left to `make test-slow`, or to a GPU."""
+    return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if i % step else []) for i, c in enumerate(cases)]
+
+
 def _small(each: Case) -> Case:
     return replace(each, batch=min(each.batch, 1)) if INTERPRETED else each
 
@@ -85,7 +90,7 @@ def _small(each: Case) -> Case:
 @on_the_programs
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous", "every_second"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", _few(CASES, 4))
 def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
     problem(_small(case), dtype).check(_run, LAYOUTS[layout])
 
@@ -103,7 +108,7 @@ _WIDE = (
 
 @on_the_programs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", _WIDE, ids=str)
+@pytest.mark.parametrize("case", _few(_WIDE, 2))
 def test_more_than_one_tile(case: Case, dtype: torch.dtype) -> None:
     problem(case, dtype).check(_run, LAYOUTS["channels_last"])
 
@@ -277,19 +282,19 @@ def test_who_serves_a_gpu() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="it is the interpreter")
 def test_in_the_interpreter() -> None:
-    """All cases in bfloat16, and a few in the other types; `make test-slow` interprets everything."""
+    """Some of all, which takes a minute or two; `make test-slow` interprets everything."""
     chosen = "(bfloat16 and channels_last) or (more_than_one_tile and float32) or nan or (generated and bfloat16-32)"
-    _interpret("-k", chosen)
+    _interpret("gpu and not slow", "-k", chosen)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="it is the interpreter")
 def test_all_in_the_interpreter() -> None:
-    _interpret()
+    _interpret("gpu")
 
 
-def _interpret(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *options, __file__]
+def _interpret(marked: str, *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", *options, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
