@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from involution import Involution2d, implementations, involution
-from involution.ops import cpu, reference
+from involution.ops import cpu, library, reference
 from involution.ops.functional import generated_involution
 
 from ..cases import CASES, DTYPES, LAYOUTS, OPS, Case, Problem, arguments, case, problem, run_reference, run_served
@@ -276,14 +276,36 @@ def test_strides_beyond_int32(op: str) -> None:
     Problem(*tensors, each.window).check_op(op, run_served(op, *far, each.window).cpu())
 
 
-def test_who_serves_a_gpu() -> None:
+@on_the_programs
+@pytest.mark.parametrize("op", OPS)
+def test_a_planted_fault_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding off by one in the last axis."""
+    from involution.ops import triton as programs
+
+    plan = programs._plan
+
+    def wrong(*args: object) -> programs._Plan:
+        right = plan(*args)
+        *sizes, padding = right.sizes[:9]
+        return right._replace(sizes=(*sizes, padding + 1, *right.sizes[9:]))
+
+    monkeypatch.setattr(programs, "_plan", wrong)
+    each = case((7, 7), 3, padding=1, batch=1, groups=1, group_channels=16)
+    tensors = each.tensors(torch.float32)
+    with pytest.raises(AssertionError, match=f"{op}: .* exceed the tolerance"):
+        Problem(*tensors, each.window).check_op(op, _run(op, *tensors, each.window))
+
+
+def test_who_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert implementations()["cuda"] == "Triton"
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    assert implementations()["cuda"].startswith("reference (Triton is missing")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is the interpreter")
 def test_in_the_interpreter() -> None:
     """Some of all, which takes a minute or two; `make test-slow` interprets everything."""
-    chosen = "(bfloat16 and channels_last) or (more_than_one_tile and float32) or nan or (generated and bfloat16-32)"
+    chosen = "(bfloat16 and channels_last) or (more_than_one_tile and float32) or nan or fault or (generated and bfloat16-32)"
     _interpret("gpu and not slow", "-k", chosen)
 
 

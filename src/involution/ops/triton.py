@@ -129,7 +129,7 @@ def _plan(
     window = dict(zip(_WINDOW_NAMES, (*kernel_size, *stride, *dilation), strict=True))
     tile: dict[str, Any] = {}
     block: dict[str, Any] = {}
-    registers = max(1, dtype.itemsize // 2)  # for two elements
+    registers = max(1, dtype.itemsize // 2)  # that hold two elements
     if lead and max(stride) == 1 and channels <= 16 and max(reach) <= _WINDOW - _COLUMNS and registers <= 2:
         height, strips, each, blocks, warps = _height(rows) if registers == 1 else min(2, _height(rows)), 1, 1, 1, 1
         tile = {name: window[name] for name in ("K_Y", "K_X", "L_Y", "L_X")} | {"CHANNELS": channels, "ROWS": height}
