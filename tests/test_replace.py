@@ -64,6 +64,7 @@ def test_what_stays_and_why() -> None:
             "even": nn.Conv2d(16, 16, 4),
             "large": nn.Conv2d(16, 16, 11),
             "colours": nn.Conv2d(3, 16, 3),
+            "mirrored": nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
         }
     )
     before = dict(net.items())
@@ -73,6 +74,7 @@ def test_what_stays_and_why() -> None:
         "even": "its kernel size (4, 4) is even",
         "large": "its kernel size (11, 11) is larger than 7",
         "colours": "its 3 channels do not divide into groups of 16",
+        "mirrored": "its padding mode is 'reflect'",
     }
     assert dict(net.items()) == before
     assert replace_convs(net, groups=5).skipped["colours"] == "its 3 channels do not divide into 5 groups"

@@ -104,6 +104,8 @@ def _unfit(conv: _ConvNd, kernel_size: int, settings: dict[str, Any]) -> str:
     """Why no involution can take the place of `conv`; empty if one can."""
     if type(conv) not in _LAYERS:
         return f"it is a {type(conv).__name__}"
+    if conv.padding_mode != "zeros":
+        return f"its padding mode is {conv.padding_mode!r}"
     if isinstance(conv.padding, str) and max(conv.stride) > 1:
         return f"its padding is {conv.padding!r}"
     if any(size % 2 == 0 for size in conv.kernel_size):
