@@ -8,6 +8,7 @@ from functools import cache
 from math import prod, sqrt
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from involution.ops import reference
@@ -112,6 +113,22 @@ CASES = (
     case((5, 4, 7), (1, 2, 3), stride=(2, 1, 3), padding=(1, 2, 0), dilation=(2, 1, 2), group_channels=3),
     case((3, 1, 2), 3, padding=(1, 1, 3), group_channels=16),
 )
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    """Any window in one to three axes, and an input that it fits."""
+    rank = draw(st.integers(1, 3))
+
+    def per_axis(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(least, most)) for _ in range(rank))
+
+    kernel_size, stride, dilation = per_axis(1, 4), per_axis(1, 3), per_axis(1, 3)
+    padding = per_axis(0, 4)
+    needed = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
+    size = tuple(max(1, n) + draw(st.integers(0, 20 // rank**2)) for n in needed)
+    groups, group_channels = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    return case(size, kernel_size, stride, padding, dilation, draw(st.integers(0, 3)), groups, group_channels)
 
 
 class Problem:

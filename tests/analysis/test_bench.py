@@ -163,3 +163,10 @@ def test_a_mistake_is_told_in_one_line(args, told, capsys, monkeypatch, tmp_path
     assert main(["bench", *args]) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
+    assert main(["bench", "gpu", "--out", str(tmp_path)]) == 2
+    assert "`bench gpu` needs a CUDA or ROCm device, and torch finds none." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -60,3 +60,21 @@ def test_a_file_without_the_comments_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Nothing\n")
     with pytest.raises(ValueError, match="`file` must hold the lines '<!-- measurements"):
         readme(tmp_path / "README.md", tmp_path)
+
+
+def test_rows_of_a_gpu_are_told_apart(tmp_path):
+    rows = [
+        replace(ROW, device="a GPU", dtype="bfloat16"),
+        replace(ROW, device="a GPU", dtype="bfloat16", contender="copy of 1 GiB"),
+        replace(ROW, device="a GPU", dtype="bfloat16", benchmark="layer"),
+        *(
+            replace(ROW, device="a GPU", dtype="bfloat16", benchmark="model", contender=name, base="resnet50")
+            for name in ("rednet50", "resnet50")
+        ),
+    ]
+    record.add(rows, tmp_path / "gpu.csv")
+    text = measurements(tmp_path)
+    assert text.count("On a GPU, the operator and its rivals (bfloat16, channels_last). Medians on a GPU,") == 1
+    assert text.count("On a GPU, the layer (bfloat16, channels_last).") == 1
+    assert "| rednet50 / resnet50 |" in text
+    assert "copy of" not in text

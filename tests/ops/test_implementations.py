@@ -18,6 +18,7 @@ from ..cases import (
     Problem,
     arguments,
     case,
+    drawn_cases,
     problem,
     run_served,
 )
@@ -48,22 +49,7 @@ def test_expanded_inputs(case: Case, dtype: torch.dtype) -> None:
     Problem(x[:1].expand_as(x), kernel, grad.flatten()[0].expand_as(grad), case.window).check(run_served)
 
 
-@st.composite
-def _cases(draw: st.DrawFn) -> Case:
-    rank = draw(st.integers(1, 3))
-
-    def per_axis(least: int, most: int) -> tuple[int, ...]:
-        return tuple(draw(st.integers(least, most)) for _ in range(rank))
-
-    kernel_size, stride, dilation = per_axis(1, 4), per_axis(1, 3), per_axis(1, 3)
-    padding = per_axis(0, 4)
-    needed = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
-    size = tuple(max(1, n) + draw(st.integers(0, 20 // rank**2)) for n in needed)
-    groups, group_channels = draw(st.integers(1, 3)), draw(st.integers(1, 20))
-    return case(size, kernel_size, stride, padding, dilation, draw(st.integers(0, 3)), groups, group_channels)
-
-
-@given(case=_cases(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)))
+@given(case=drawn_cases(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)))
 def test_drawn_windows(case: Case, dtype: torch.dtype, layout: str) -> None:
     Problem(*case.tensors(dtype), case.window).check(run_served, LAYOUTS[layout])
 

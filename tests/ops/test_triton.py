@@ -10,13 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from involution import Involution2d, implementations, involution
 from involution.ops import cpu, library, reference
 from involution.ops.functional import generated_involution
 
-from ..cases import CASES, DTYPES, LAYOUTS, OPS, Case, Problem, arguments, case, problem, run_reference, run_served
+from ..cases import (
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    OPS,
+    Case,
+    Problem,
+    arguments,
+    case,
+    drawn_cases,
+    problem,
+    run_reference,
+    run_served,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -93,6 +108,15 @@ def _small(each: Case) -> Case:
 @pytest.mark.parametrize("case", _few(CASES, 4))
 def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
     problem(_small(case), dtype).check(_run, LAYOUTS[layout])
+
+
+@on_the_programs
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(case=drawn_cases(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)))
+def test_drawn_windows(case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Each window is compiled on a GPU, which takes seconds."""
+    Problem(*case.tensors(dtype), case.window).check(_run, LAYOUTS[layout])
 
 
 _WIDE = (
