@@ -43,11 +43,32 @@ def test_local_products_are_products_with_neighbours(stride: int, dilation: int)
         torch.testing.assert_close(mine, right)
 
 
+# torch scripts its own forward-mode formulas, with its own deprecated compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_local_products_carry_tangents() -> None:
+    query, x = (torch.randn(1, 4, 4, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+
+    def run(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return local_products(query, x, 2, 3, padding=1)
+
+    assert torch.autograd.gradcheck(run, (query, x), check_forward_ad=True, check_backward_ad=False)
+    dx = torch.randn_like(x)
+    _, tangent = torch.func.jvp(lambda x: run(query, x), (x,), (dx,))
+    torch.testing.assert_close(tangent, run(query, dx))
+
+
+@pytest.mark.parametrize("groups", ["2", 2.0, None])
+def test_groups_of_local_products_are_whole(groups: object) -> None:
+    x = torch.randn(1, 4, 5, 5)
+    with pytest.raises(TypeError, match="`groups` must be an int; got"):
+        local_products(x, x, groups, 3, padding=1)
+
+
 @pytest.mark.parametrize(
     ("query", "settings", "message"),
     [
         ((2, 6, 5, 5), (4, 3, 1, 1), "`groups` must divide the 6 channels of `query` and `x`; got 4."),
-        ((2, 6, 5, 5), (0, 3, 1, 1), "`groups` must divide the 6 channels of `query` and `x`; got 0."),
+        ((2, 6, 5, 5), (0, 3, 1, 1), "`groups` must be at least 1; got 0."),
         ((2, 4, 5, 5), (2, 3, 1, 1), "`query` must have as many dimensions and channels as `x`"),
         ((2, 6, 5), (2, 3, 1, 1), "`query` must have as many dimensions and channels as `x`"),
         ((1, 6, 5, 5), (2, 3, 1, 1), "`query` has batch size 1, `x` has 2"),
@@ -142,3 +163,24 @@ def test_compiles_to_one_graph(name: str) -> None:
 def test_settings_that_do_not_fit(settings, message) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         Involution2d(16, **({"groups": 2} | settings))
+
+
+@pytest.mark.parametrize(
+    ("generator", "settings", "message"),
+    [
+        (
+            LinearGenerator(16, 2, (3, 3), (1, 1)),
+            {"kernel_size": 5},
+            r"shape \(2, 5, 5\); got one of sh",
+        ),
+        (LinearGenerator(16, 2, (3, 3), (1, 1)), {"groups": 4}, r"shape \(4, 3, 3\); got one of shape \(2, 3, 3\)"),
+        (LinearGenerator(16, 2, (3, 3), (2, 2)), {}, r"stride \(1, 1\); got one of stride \(2, 2\)"),
+        (AttentionGenerator(16, 2, (3, 3), (1, 1), (2, 2)), {}, r"dilation \(1, 1\); got one of dilation \(2, 2\)"),
+        (AttentionGenerator(16, 2, (5, 5), (1, 1)), {}, r"shape \(2, 3, 3\); got one of shape \(2, 5, 5\)"),
+        ("attention", {"padding": 0}, r"`padding` must be at least \(1, 1\) for AttentionGenerator.* got \(0, 0\)"),
+        ("neighbourhood", {"padding": (1, 0)}, r"`padding` must be at least \(1, 1\) for NeighbourhoodGenerator"),
+    ],
+)
+def test_a_generator_made_for_another_layer(generator, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Involution2d(16, **({"kernel_size": 3, "groups": 2, "generator": generator} | settings))

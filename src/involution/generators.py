@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from operator import index
 from typing import Self
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from involution.names import unknown
 from involution.ops.functional import local_products
-from involution.ops.window import per_axis
+from involution.ops.window import per_axis, whole
 from involution.pointwise import PointwiseConv1d, PointwiseConv2d, PointwiseConv3d, fold_norms
 
 POINTWISE = (PointwiseConv1d, PointwiseConv2d, PointwiseConv3d)
@@ -212,13 +211,14 @@ class AttentionGenerator(nn.Module):
         softmax: bool = True,
     ) -> None:
         super().__init__()
-        self.kernel_size, self.stride = _per_axis(kernel_size, stride)
-        rank, hidden = len(self.kernel_size), _hidden(channels, reduction)
+        kernel_size, self.stride = _per_axis(kernel_size, stride)
+        rank, hidden = len(kernel_size), _hidden(channels, reduction)
         self.dilation = per_axis("dilation", 1 if dilation is None else dilation, rank, 1)
-        self.groups, self.softmax = whole("groups", groups), softmax
-        if any(side % 2 == 0 for side in self.kernel_size):
-            raise ValueError(f"`kernel_size` must be odd for keys around each query; got {self.kernel_size}.")
-        if hidden % self.groups:
+        self.shape = (whole("groups", groups), *kernel_size)
+        self.softmax = softmax
+        if any(side % 2 == 0 for side in kernel_size):
+            raise ValueError(f"`kernel_size` must be odd for keys around each query; got {kernel_size}.")
+        if hidden % groups:
             raise ValueError(
                 f"`groups` must divide the {hidden} channels of queries and keys; got {groups} groups. Use a smaller "
                 "`reduction` or fewer groups."
@@ -226,20 +226,21 @@ class AttentionGenerator(nn.Module):
         self.query, self.key = (POINTWISE[rank - 1](channels, hidden, bias=False) for _ in range(2))
         self.position: nn.Parameter | None = None
         if position:
-            self.position = nn.Parameter(torch.empty(self.groups, prod(self.kernel_size), hidden // self.groups))
+            self.position = nn.Parameter(torch.empty(groups, prod(kernel_size), hidden // groups))
             nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Generate the kernel from `x`."""
+        groups, *kernel_size = self.shape
         query, key = self.query(pool(x, self.stride)), self.key(x)
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        products = local_products(query, key, self.groups, self.kernel_size, self.stride, padding, self.dilation)
-        logits = products.flatten(2, 1 + len(self.kernel_size))
-        heads = query.unflatten(1, (self.groups, -1))
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, kernel_size, strict=True))
+        products = local_products(query, key, groups, kernel_size, self.stride, padding, self.dilation)
+        logits = products.flatten(2, 1 + len(kernel_size))
+        heads = query.unflatten(1, (groups, -1))
         if self.position is not None:
             logits = logits + torch.einsum("bgd...,gtd->bgt...", heads, self.position)
         logits = logits * heads.shape[2] ** -0.5
-        return (logits.softmax(2) if self.softmax else logits).unflatten(2, self.kernel_size)
+        return (logits.softmax(2) if self.softmax else logits).unflatten(2, kernel_size)
 
 
 def build(
@@ -279,17 +280,6 @@ def pool(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     # Nothing is padded, so `count_include_pad` changes no value; without it the compiled backward pass divides
     # overhanging windows by the wrong count (pytorch issue 198119).
     return _POOL[len(window) - 1](x, window, stride, ceil_mode=True, count_include_pad=False)
-
-
-def whole(name: str, value: int) -> int:
-    """`value` as an int of at least 1; errors name the argument `name`."""
-    try:
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an int; got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"`{name}` must be at least 1; got {value}.")
-    return number
 
 
 def _per_axis(kernel_size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,9 +7,17 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.generators import POINTWISE, MakeAct, MakeNorm, SpanGenerator, build, whole
+from involution.generators import (
+    POINTWISE,
+    AttentionGenerator,
+    MakeAct,
+    MakeNorm,
+    NeighbourhoodGenerator,
+    SpanGenerator,
+    build,
+)
 from involution.ops.functional import autocast_enabled, generated_involution, involution
-from involution.ops.window import IntOrInts, Window
+from involution.ops.window import IntOrInts, Window, whole
 
 
 class _Involution(nn.Module):
@@ -54,9 +62,26 @@ class _Involution(nn.Module):
             generator = build(generator, channels, self.groups, *sizes, reduction, norm, act)
         if not callable(generator):
             raise TypeError(f"`generator` must be callable, from x to the kernel; got {generator!r}.")
+        self._check(generator)
         self.generator = generator
         width = channels if out_channels is None else whole("out_channels", out_channels)
         self.project = nn.Identity() if width == channels else POINTWISE[self.rank - 1](channels, width)
+
+    def _check(self, generator: object) -> None:
+        """Hold a generator of ours against the layer: it may have been made for another."""
+        window = self.window
+        wanted = {"shape": (self.groups, *window.kernel_size), "stride": window.stride, "dilation": window.dilation}
+        if isinstance(generator, (SpanGenerator, AttentionGenerator)):
+            for name, value in wanted.items():
+                given = getattr(generator, name, value)
+                if given != value:
+                    raise ValueError(f"`generator` must have the layer's {name} {value}; got one of {name} {given}.")
+        if isinstance(generator, (NeighbourhoodGenerator, AttentionGenerator)) and min(self._overhang) < 0:
+            same = tuple(before for before, _ in window.same_padding())
+            raise ValueError(
+                f"`padding` must be at least {same} for {type(generator).__name__}, which looks around every centre; "
+                f"got {window.padding}. Use more, and crop the output."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

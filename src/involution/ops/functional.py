@@ -6,6 +6,7 @@ Letters, here and everywhere: `B` batch, `C` channels, `G` groups, `D` = C / G c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from involution.ops import library, reference
-from involution.ops.window import IntOrInts, Window
+from involution.ops.window import IntOrInts, Window, whole
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Asked once, as compiled code cannot ask in torch 2.11; of the other types of devices torch may refuse to answer.
@@ -70,7 +71,7 @@ def involution(
     window = Window.normalise(rank, kernel_size, stride, padding, dilation)
     _check_sizes(x, "kernel", kernel, kernel.shape[1], window)
     if forward_ad._current_level >= 0:
-        return _with_tangent(x, kernel, window)
+        return _with_tangent(library.forward, x, kernel, window.stride, window.padding, window.dilation)
     return library.call(library.forward, x, kernel, window.stride, window.padding, window.dilation)
 
 
@@ -136,7 +137,8 @@ def generated_involution(
         )
     _check_sizes(x, "features", features, weight.shape[0] // taps, window)
     if forward_ad._current_level >= 0:
-        return _with_tangent(x, reference.span(features, weight, bias, window.kernel_size), window)
+        kernel = reference.span(features, weight, bias, window.kernel_size)
+        return _with_tangent(library.forward, x, kernel, window.stride, window.padding, window.dilation)
     settings = (window.kernel_size, window.stride, window.padding, window.dilation)
     return library.call(library.generated, x, features, weight, bias, *settings)
 
@@ -188,20 +190,22 @@ def local_products(
             f"`query` must have as many dimensions and channels as `x`, of shape {tuple(x.shape)}; got shape "
             f"{tuple(query.shape)}."
         )
-    if groups < 1 or x.shape[1] % groups:
+    groups = whole("groups", groups)
+    if x.shape[1] % groups:
         raise ValueError(f"`groups` must divide the {x.shape[1]} channels of `query` and `x`; got {groups}.")
     _check_sizes(x, "query", query, groups, window)
-    settings = (window.kernel_size, window.stride, window.padding, window.dilation)
-    return library.call(library.grad_kernel, query, x, groups, *settings)
+    settings = (groups, window.kernel_size, window.stride, window.padding, window.dilation)
+    if forward_ad._current_level >= 0:
+        return _with_tangent(library.grad_kernel, query, x, *settings)
+    return library.call(library.grad_kernel, query, x, *settings)
 
 
-def _with_tangent(x: Tensor, kernel: Tensor, window: Window) -> Tensor:
-    """The involution of dual tensors of forward-mode differentiation, by the product rule."""
-    settings = (window.stride, window.padding, window.dilation)
-    (x, dx), (kernel, dkernel) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(kernel)
-    y = library.forward(x, kernel, *settings)
-    tangents = [library.forward(dx, kernel, *settings)] if dx is not None else []
-    tangents += [library.forward(x, dkernel, *settings)] if dkernel is not None else []
+def _with_tangent(product: Callable[..., Tensor], a: Tensor, b: Tensor, *settings: object) -> Tensor:
+    """An op that is linear in `a` and in `b`, of dual tensors of forward-mode differentiation: the product rule."""
+    (a, da), (b, db) = forward_ad.unpack_dual(a), forward_ad.unpack_dual(b)
+    y = product(a, b, *settings)
+    tangents = [product(da, b, *settings)] if da is not None else []
+    tangents += [product(a, db, *settings)] if db is not None else []
     return forward_ad.make_dual(y, torch.stack(tangents).sum(0)) if tangents else y
 
 

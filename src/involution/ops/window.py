@@ -83,3 +83,14 @@ def per_axis(name: str, value: IntOrInts, rank: int, least: int) -> tuple[int, .
     if any(entry > _MOST for entry in entries):
         raise ValueError(f"`{name}` must be at most {_MOST} on every axis; got {value}.")
     return entries
+
+
+def whole(name: str, value: int) -> int:
+    """`value` as an int of at least 1; errors name the argument `name`."""
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int; got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    return number
