@@ -73,12 +73,13 @@ def test_what_stays_and_why() -> None:
         "transposed": "it is a ConvTranspose2d",
         "even": "its kernel size (4, 4) is even",
         "large": "its kernel size (11, 11) is larger than 7",
-        "colours": "its 3 channels do not divide into groups of 16",
+        "colours": "`group_channels` must divide the channels; got group_channels 16 and 3 channels. Choose from 1, 3",
         "mirrored": "its padding mode is 'reflect'",
     }
     assert dict(net.items()) == before
-    assert replace_convs(net, groups=5).skipped["colours"] == "its 3 channels do not divide into 5 groups"
-    assert replace_convs(net, groups=1).skipped["colours"] == "its 3 channels cannot be reduced by 4"
+    assert replace_convs(net, groups=5).skipped["colours"].startswith("`groups` must divide the channels; got groups 5")
+    assert replace_convs(net, groups=1).skipped["colours"].startswith("`reduction` must divide the channels")
+    assert replace_convs(net, groups=None).skipped["colours"].startswith("`group_channels` must divide")
     assert list(replace_convs(net, group_channels=1, reduction=1).replaced) == ["colours"]
 
 
@@ -103,6 +104,65 @@ def test_a_parametrised_convolution_is_not_taken_for_a_plain_one() -> None:
     assert parametrize.is_parametrized(net[0])
 
 
-def test_even_kernels_are_refused() -> None:
-    with pytest.raises(ValueError, match="`kernel_size` must be odd, so that windows keep their centres; got 4"):
-        replace_convs(nn.Sequential(), kernel_size=4)
+def test_a_convolution_under_two_names_is_replaced_under_both() -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    net = nn.Sequential(conv, nn.ReLU(), conv)
+    assert list(replace_convs(net).replaced) == ["0", "2"]
+    assert net[0] is net[2]
+    assert isinstance(net[2], Involution2d)
+
+
+def test_valid_padding_may_have_a_stride() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, stride=2, padding="valid"))
+    shape = net(torch.ones(1, 16, 11, 12)).shape
+    assert list(replace_convs(net).replaced) == ["0"]
+    assert net(torch.ones(1, 16, 11, 12)).shape == shape
+
+
+def test_a_generator_without_reduction_needs_no_division() -> None:
+    net = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1))
+    assert list(replace_convs(net, group_channels=2, generator="linear").replaced) == ["0"]
+
+
+def test_generators_keep_their_convolutions() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+    replace_convs(net, generator="neighbourhood", reduction=1)
+    before = count(net)
+    assert replace_convs(net, generator="linear").replaced == {}
+    assert count(net) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"kernel_size": 4}, ValueError, "`kernel_size` must be odd, so that windows keep their centres; got 4"),
+        ({"kernel_size": -1}, ValueError, "`kernel_size` must be at least 1; got -1"),
+        ({"kernel_size": "7"}, TypeError, "`kernel_size` must be an int; got '7'"),
+        ({"kernel_size": (7, 7)}, TypeError, r"`kernel_size` must be an int; got \(7, 7\)"),
+        ({"groups": 0}, ValueError, "`groups` must be at least 1; got 0"),
+        ({"group_channels": 0}, ValueError, "`group_channels` must be at least 1; got 0"),
+        ({"reduction": 0}, ValueError, "`reduction` must be at least 1; got 0"),
+        ({"stride": 2}, TypeError, "`stride` is that of each convolution; got 2. Leave it out"),
+        ({"norm": nn.ReLU()}, TypeError, "`norm` must be what makes a module"),
+    ],
+    ids=str,
+)
+def test_settings_that_fit_no_layer_change_nothing(settings, error, message) -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
+    before = list(net)
+    with pytest.raises(error, match=message):
+        replace_convs(net, **settings)
+    assert list(net) == before
+
+
+def test_a_network_keeps_its_mode_when_the_image_does_not_fit() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3)).train()
+    with pytest.raises(RuntimeError, match="channels"):
+        replace_convs(net, image=torch.ones(1, 3, 8, 8))
+    assert net[0].training
+    assert isinstance(net[0], nn.Conv2d)
+
+
+def test_a_convolution_alone_cannot_be_replaced() -> None:
+    with pytest.raises(ValueError, match="`network` is itself a convolution"):
+        replace_convs(nn.Conv2d(16, 16, 3))
