@@ -134,7 +134,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, content: byte
         read(tmp_path / "file.pth")
 
 
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, {"state_dict": 4}])
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, {"state_dict": 4}, {4: torch.ones(1)}])
 def test_files_without_state_dict_are_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match="holds no state dict, neither bare nor under the key 'state_dict'"):
@@ -174,7 +174,7 @@ def test_a_checkpoint_tells_its_network(tmp_path: Path, settings: dict[str, int]
     depth = settings.pop("depth")
     model = timm.create_model(f"rednet{depth}", **settings)
     torch.save({"state_dict": to_official(model.state_dict())}, tmp_path / "official.pth")
-    found = rednet_of(tmp_path / "official.pth").state_dict()
+    found = rednet_of(read(tmp_path / "official.pth"), "official.pth").state_dict()
     assert list(found) == list(model.state_dict())
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
@@ -183,8 +183,45 @@ def test_a_checkpoint_of_no_rednet(tmp_path: Path) -> None:
     odd = RedNet((1, 1, 1, 1), base_width=16, stem_width=32)
     torch.save(to_official(odd.state_dict()), tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=r"odd\.pth has \(1, 1, 1, 1\) blocks in its stages, which no RedNet"):
-        rednet_of(tmp_path / "odd.pth")
+        rednet_of(read(tmp_path / "odd.pth"), "odd.pth")
     stemless = {key: value for key, value in read(CLS).items() if not key.startswith("backbone.stem.4")}
     torch.save(stemless, tmp_path / "stemless.pth")
     with pytest.raises(ValueError, match=r"lacks 1 entries that every RedNet has \(stem\.conv3\.weight\)"):
-        rednet_of(tmp_path / "stemless.pth")
+        rednet_of(read(tmp_path / "stemless.pth"), "stemless.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch does, slowly
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.ones(4, dtype=torch.complex64), "first has layout torch.strided and dtype torch.complex64"),
+        (torch.ones(4).to(torch.float8_e4m3fn), "first has layout torch.strided and dtype torch.float8_e4m3fn"),
+        (torch.ones(4).to_sparse(), "first has layout torch.sparse_coo and dtype torch.float32"),
+    ],
+    ids=["complex", "float8", "sparse"],
+)
+def test_values_that_would_be_cut_are_refused(tmp_path: Path, value: torch.Tensor, told: str) -> None:
+    torch.save({"backbone.layer1.0.bn1.weight": value}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"not dense or not real, in 1 entries \(backbone\.layer1.*" + told):
+        read(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("head.fc.weight", torch.ones(()), r"fc\.weight must have 2 axes, none empty; it is \(\)"),
+        (
+            "backbone.layer1.0.conv2.conv1.conv.weight",
+            torch.ones(0, 16, 1, 1),
+            r"reduce\.weight must have 4 axes",
+        ),
+        ("backbone.layer1.0.conv1.weight", torch.ones(24, 64, 1, 1), "its shapes tell .*base_width 24"),
+        ("backbone.layer1.0.conv2.conv2.conv.bias", torch.ones(36), "its shapes tell .*kernel_size 6.*, and "),
+    ],
+    ids=["classifier", "reduce", "width", "kernel"],
+)
+def test_shapes_that_no_rednet_has(key: str, value: torch.Tensor, told: str) -> None:
+    state = read(CLS)
+    assert key in state
+    with pytest.raises(ValueError, match=r"^cls\.pth is of no RedNet: .*" + told):
+        rednet_of(state | {key: value}, "cls.pth")

@@ -13,6 +13,7 @@ from torch import Tensor
 from involution.models.rednet import BLOCKS, OFFICIAL_NAMES, RedNet, checkpoint_filter_fn
 
 _SHOWN = 3
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)  # int64: batches counted by norms
 _INVOLUTIONS = ("layer1.0.conv2", "stem.conv2")  # the first of the blocks, and that of the stem
 
 
@@ -34,7 +35,11 @@ def load_official(path: str | PathLike[str], model: RedNet) -> None:
         model = timm.create_model("rednet50", stem_kernel=7, num_classes=0)
         load_official("rednet50.pth", model)
     """
-    given, expected = checkpoint_filter_fn(read(path)), model.state_dict()
+    _load(checkpoint_filter_fn(read(path)), str(path), model)
+
+
+def _load(given: dict[str, Tensor], path: str, model: RedNet) -> None:
+    expected = model.state_dict()
     if model.num_classes == 0:
         given = {key: value for key, value in given.items() if not key.startswith("fc.")}
     problem = mismatch(expected, given)
@@ -46,24 +51,35 @@ def load_official(path: str | PathLike[str], model: RedNet) -> None:
     model.load_state_dict(given)
 
 
-def rednet_of(path: str | PathLike[str]) -> RedNet:
-    """The RedNet in a checkpoint of the official code: depth, widths, kernel sizes and classes are told from shapes.
+def rednet_of(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> RedNet:
+    """The RedNet of an official state dict, with its weights: depth, widths, kernel sizes, classes told from shapes.
+
+    Args:
+        state_dict: what `read` gives.
+        path: where it was read, for errors.
 
     Raises:
-        ValueError: if the file cannot be read safely, or no RedNet has its blocks.
+        ValueError: if no RedNet has its blocks or shapes.
     """
-    state = checkpoint_filter_fn(read(path))
+    state = checkpoint_filter_fn(dict(state_dict))
     blocks = {key.rsplit(".", 2)[0] for key in state if key.endswith(".conv3.weight") and key.startswith("layer")}
     layers = tuple(sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4))
     depths = [depth for depth, of in BLOCKS.items() if of == layers]
     if not depths:
         known = ", ".join(f"{depth} {of}" for depth, of in BLOCKS.items())
         raise ValueError(f"{path} has {layers} blocks in its stages, which no RedNet has. There is: {known}.")
-    generators = [f"{place}.generator.{part}" for place in _INVOLUTIONS for part in ("span.bias", "reduce.weight")]
-    needed = ["layer1.0.conv1.weight", "stem.conv3.weight", *generators]
-    missing = [key for key in needed if key not in state]
+    axes = {"layer1.0.conv1.weight": 4, "stem.conv3.weight": 4}
+    for place in _INVOLUTIONS:
+        axes |= {f"{place}.generator.span.bias": 1, f"{place}.generator.reduce.weight": 4}
+    missing = [key for key in axes if key not in state]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} entries that every RedNet has ({_some(missing)}).")
+    if "fc.weight" in state:
+        axes["fc.weight"] = 2
+    for key, dimensions in axes.items():
+        shape = tuple(state[key].shape)
+        if len(shape) != dimensions or 0 in shape:
+            raise ValueError(f"{path} is of no RedNet: {key} must have {dimensions} axes, none empty; it is {shape}.")
     settings = {
         "num_classes": len(state["fc.weight"]) if "fc.weight" in state else 0,
         "base_width": len(state["layer1.0.conv1.weight"]),
@@ -72,8 +88,12 @@ def rednet_of(path: str | PathLike[str]) -> RedNet:
     for setting, place in zip(("kernel_size", "stem_kernel"), _INVOLUTIONS, strict=True):
         bias, reduce = (state[f"{place}.generator.{part}"] for part in ("span.bias", "reduce.weight"))
         settings[setting] = isqrt(4 * len(bias) // len(reduce))  # 16 channels a group, reduced by 4
-    model: RedNet = timm.create_model(f"rednet{depths[0]}", **settings)
-    load_official(path, model)
+    try:
+        model: RedNet = timm.create_model(f"rednet{depths[0]}", **settings)
+    except ValueError as error:
+        told = ", ".join(f"{name} {value}" for name, value in settings.items())
+        raise ValueError(f"{path} is of no RedNet: its shapes tell {told}, and {error}") from error
+    _load(state, str(path), model)
     return model
 
 
@@ -101,8 +121,15 @@ def read(path: str | PathLike[str]) -> dict[str, Tensor]:
                 f"{path} cannot be read safely: it is no torch checkpoint, or holds more than tensors and plain values."
             ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{path} holds no state dict, neither bare nor under the key 'state_dict'.")
+    strange = [key for key, value in state.items() if value.layout != torch.strided or value.dtype not in _DTYPES]
+    if strange:
+        value = state[strange[0]]
+        raise ValueError(
+            f"{path} holds values that are not dense or not real, in {len(strange)} entries ({_some(strange)}): the "
+            f"first has layout {value.layout} and dtype {value.dtype}."
+        )
     return state
 
 

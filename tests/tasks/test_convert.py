@@ -37,17 +37,18 @@ def test_timm_loads_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_tells_the_whole_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = {f"backbone.{key}": value for key, value in read(DET).items()}
     torch.save({"state_dict": backbone | {"neck.fpn.weight": torch.ones(1)}}, tmp_path / "detector.pth")
-    assert main(["convert", str(tmp_path / "detector.pth"), str(tmp_path / "det")]) == 0
+    (tmp_path / "det.v1").mkdir()
+    assert main(["convert", str(tmp_path / "detector.pth"), str(tmp_path / "det.v1")]) == 0
     assert "neck.fpn.weight" in capsys.readouterr().out.splitlines()[7]
-    model = timm.create_model(f"local-dir:{tmp_path / 'det'}", pretrained=True)
+    model = timm.create_model(f"local-dir:{tmp_path / 'det.v1'}", pretrained=True)
     assert model.num_classes == 0
     assert model.stem.conv2.window.kernel_size == (7, 7)
-    expected = rednet_of(DET).state_dict()
+    expected = rednet_of(read(DET), DET).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 def test_accuracy_of_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = rednet_of(CLS).eval()
+    model = rednet_of(read(CLS), CLS).eval()
     images = [Image.effect_noise((300, 260), 20 * (i + 1)).convert("RGB") for i in range(10)]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.no_grad():
@@ -78,6 +79,7 @@ def test_accuracy_of_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFi
             [str(CLS), "out", "--evaluate", "two"],
             "must hold a folder for each of the 10 classes of the checkpoint; two ",
         ),
+        ([str(DET), "out", "--evaluate", "two"], "`evaluate` needs a classifier, and "),
     ],
 )
 def test_a_mistake_is_told_in_one_line(args, told, tmp_path, monkeypatch, capsys) -> None:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from involution.pointwise import PointwiseConv2d, fold_norms
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+Value = TypeVar("Value")
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
@@ -404,7 +405,7 @@ OFFICIAL_NAMES = (
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Value], model: nn.Module | None = None) -> dict[str, Value]:
     """The backbone and classifier of an official state dict under our names; one of ours stays as it is.
 
     What detection and segmentation put around the backbone, such as `neck.*` and `decode_head.*`, is left out.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
@@ -40,37 +42,42 @@ def convert(official: Path, out: Path, evaluate: Path | None = None, batch_size:
     Raises:
         ValueError: if a file does not fit.
     """
-    if out.suffix and out.suffix != ".safetensors":
+    to_file = out.suffix == ".safetensors"
+    if out.suffix and not to_file and not out.is_dir():
         raise ValueError(f"`out` must end in .safetensors, or be a folder; got {out}.")
     images = ImageFolder(evaluate) if evaluate else None
-    model = rednet_of(official)
+    given = read(official)
+    model = rednet_of(given, official)
+    if images and not model.num_classes:
+        raise ValueError(f"`evaluate` needs a classifier, and {official} holds none; got {evaluate}. Leave it out.")
     if images and len(images.classes) != model.num_classes:
         raise ValueError(
             f"`evaluate` must hold a folder for each of the {model.num_classes} classes of the checkpoint; {evaluate} "
             f"has {len(images.classes)}."
         )
-    if out.suffix:
+    if to_file:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), out)
     else:
         save_for_hf(model, str(out), safe_serialization=True)
-    print(_mapping(official, model))
+    print(_mapping(given, model))
     print(f"\n{official.name}: {parameters(model):,} parameters, written to {out}")
     if images:
         print(_accuracy(model, images, batch_size, workers))
 
 
-def _mapping(official: Path, model: RedNet) -> str:
+def _mapping(given: Mapping[str, Tensor], model: RedNet) -> str:
     """A table of how many entries of each part of the checkpoint went where, with the first of each."""
-    given, state = read(official), model.state_dict()
+    state = model.state_dict()
+    ours = {official: name for name, official in checkpoint_filter_fn({key: key for key in given}).items()}
     counts, examples, targets = Counter[str](), dict[str, str](), dict[str, str]()
     for key in given:
-        names = [name for name in checkpoint_filter_fn({key: given[key]}) if name in state]
-        plain = key.removeprefix("module.")
-        part = plain.removeprefix("backbone.").split(".")[0] if names else plain.split(".")[0]
+        plain, name = key.removeprefix("module."), ours.get(key, "")
+        used = name in state
+        part = (plain.removeprefix("backbone.") if used else plain).split(".")[0]
         counts[part] += 1
-        targets.setdefault(part, names[0].split(".")[0] if names else "left out")
-        examples.setdefault(part, f"{key} -> {names[0]}" if names else key)
+        targets.setdefault(part, name.split(".")[0] if used else "left out")
+        examples.setdefault(part, f"{key} -> {name}" if used else key)
     lines = [(part, str(count), targets[part], examples[part]) for part, count in counts.items()]
     return markdown([("part of the checkpoint", "entries", "ours", "for example"), *lines])
 
