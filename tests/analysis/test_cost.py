@@ -1,6 +1,8 @@
-"""Timing in turns."""
+"""Counting, and timing in turns."""
 
 import pytest
+import torch
+from torch import nn
 
 from involution.analysis import cost
 
@@ -46,3 +48,20 @@ def test_time_is_up_after_five_rounds_and_the_warm_up_does_not_count(clock) -> N
 def test_no_round_is_no_measurement() -> None:
     with pytest.raises(ValueError, match="`rounds` must be at least 1; got 0"):
         cost.interleaved({}, rounds=0)
+
+
+def test_a_transposed_convolution_counts_every_input_once_for_every_weight() -> None:
+    deconv = nn.Conv2d(4, 6, 3, padding=1), nn.ConvTranspose2d(6, 4, 2, stride=2)
+    with torch.device("meta"):
+        image = torch.empty(1, 4, 5, 7)
+    macs, flops = cost.counts(nn.Sequential(*deconv).to("meta"), image)
+    assert macs == 4 * 6 * 9 * 35 + 6 * 4 * 4 * 35
+    assert macs == cost.macs(nn.Sequential(*deconv), torch.ones(1, 4, 5, 7))
+    assert flops == macs + 6 * 35 + 4 * 4 * 35
+
+
+def test_hooks_are_taken_off_when_the_image_does_not_fit() -> None:
+    conv = nn.Conv2d(4, 6, 3)
+    with pytest.raises(RuntimeError, match="channels"):
+        cost.counts(conv, torch.ones(1, 3, 5, 5))
+    assert not conv._forward_hooks

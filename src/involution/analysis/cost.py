@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from involution.generators import AttentionGenerator
@@ -56,7 +56,10 @@ def counts(network: nn.Module, image: Tensor) -> Counts:
 
     def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal macs, others
-        if isinstance(module, (_ConvNd, nn.Linear)):
+        if isinstance(module, _ConvTransposeNd):  # every input meets every weight of its channel
+            macs += args[0].numel() * module.weight[0].numel()
+            others += out.numel() * (module.bias is not None)
+        elif isinstance(module, (_ConvNd, nn.Linear)):
             macs += out.numel() * module.weight[0].numel()
             others += out.numel() * (module.bias is not None)
         elif isinstance(module, _BatchNorm):
@@ -65,15 +68,17 @@ def counts(network: nn.Module, image: Tensor) -> Counts:
             others += out.numel()
         elif isinstance(module, AttentionGenerator):
             products = 1 if module.position is None else 2
-            macs += out.numel() * products * module.query.out_channels // module.groups
+            macs += out.numel() * products * module.query.out_channels // module.shape[0]
         elif isinstance(module, _Involution):
             macs += args[0].shape[1] * out[0, 0].numel() * len(out) * prod(module.window.kernel_size)
 
     hooks = [module.register_forward_hook(count) for module in network.modules()]  # so watched, layers call all parts
-    with torch.no_grad():
-        network(image)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return Counts(macs, macs + others)
 
 

@@ -106,8 +106,9 @@ def table(
 def text(lines: Sequence[Line], format: Literal["md", "csv"] = "md") -> str:
     """The lines as a table in Markdown, or as CSV."""
     known = {line.name: line for line in lines}
-    head = ["network", "parameters", "paper, M", "more", "MACs, G", "FLOPs, G", "paper, G", "more"]
-    head += ["fewer parameters", "paper", "fewer FLOPs", "paper", "top-1, paper", "top-5, paper", "source", "ms"]
+    head = ["network", "parameters", "paper, M", "more, M", "MACs, G", "FLOPs, G", "paper, G", "more, G"]
+    head += ["fewer parameters", "paper, fewer parameters", "fewer FLOPs", "paper, fewer FLOPs"]
+    head += ["top-1, paper", "top-5, paper", "source", "ms"]
     rows = []
     for line in lines:
         base, said = known[line.base], line.published
