@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import involution.models  # noqa: F401  # registers the RedNets with timm
-from involution import Involution2d, replace_convs
-from involution.analysis import cost
+from involution import Involution2d, cost, replace_convs
 
 
 def count(network: nn.Module) -> int:

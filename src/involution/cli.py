@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from involution.names import unknown
@@ -126,9 +127,10 @@ def _with_recipe(args: list[str]) -> tuple[list[str], str]:
     places = [i + 1 for i, word in enumerate(args[:-1]) if word in ("-c", "--config")]
     if not places:
         args, places = ["--config", _default(args), *args], [1]
+    name = args[places[-1]].removesuffix(".yaml")
     for place in places:
         args[place] = str(_recipe(args[place]))
-    return args, Path(args[places[-1]]).stem
+    return args, name if name in _recipes() else Path(name).stem
 
 
 def _default(args: list[str]) -> str:
@@ -144,7 +146,7 @@ def _default(args: list[str]) -> str:
 
 def _recipe(name: str) -> Path:
     """The file of a recipe, given by the name of a packaged one or by path."""
-    packaged = {path.stem: path for path in _recipes()}
+    packaged = _recipes()
     if name.removesuffix(".yaml") in packaged:
         return packaged[name.removesuffix(".yaml")]
     if Path(name).is_file():
@@ -152,8 +154,10 @@ def _recipe(name: str) -> Path:
     raise ValueError(unknown("recipe", name, packaged) + " A recipe of your own is given by the path of its file.")
 
 
-def _recipes() -> list[Path]:
-    return sorted(Path(str(files("involution") / "recipes")).glob("*.yaml"))
+def _recipes() -> dict[str, Path]:
+    """The packaged ones, by names such as digits and scenes/faster_rcnn."""
+    folder = Path(str(files("involution") / "recipes"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def _help() -> str:
@@ -167,7 +171,7 @@ def _help() -> str:
             "commands:",
             *(f"  {name:<{width}}  {text}" for name, text in _COMMANDS.items()),
             "",
-            f"recipes: {', '.join(path.stem for path in _recipes())} (default {_DEFAULT_RECIPE}), or a file's path",
+            *wrap(f"recipes: {', '.join(_recipes())} (default {_DEFAULT_RECIPE}), or a file's path", 120),
             "",
             "examples:",
             "  involution compare",

@@ -160,7 +160,7 @@ def _described(conv: _ConvNd, kernel_size: int) -> str:
 
 def _counts(network: nn.Module, image: Tensor | None) -> tuple[int, int | None]:
     """Parameters and multiply-adds; the network keeps its mode and statistics."""
-    from involution.analysis import cost  # imports much that `import involution` need not
+    from involution import cost  # imports much that `import involution` need not
 
     if image is None:
         return cost.parameters(network), None

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from involution.analysis import bench_model, bench_op, bench_variants, contenders, cost, memory, problem, record
+from involution import cost
+from involution.analysis import bench_model, bench_op, bench_variants, contenders, memory, problem, record
 from involution.cli import main
 
 SHAPES = [(1, 64, 8)]

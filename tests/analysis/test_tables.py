@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from involution.analysis import cost, paper, tables
+from involution import cost
+from involution.analysis import paper, tables
 from involution.cli import main
 
 

@@ -72,9 +72,18 @@ def test_an_unknown_option_is_named_with_the_nearest(mirror):
         Classification("rednet26", {"base_widht": 16}, mirror=mirror)
 
 
-def test_a_warmup_of_all_steps_is_refused():
-    with pytest.raises(ValueError, match=r"`warmup` must be a share of all steps, from 0 to below 1; got 1"):
-        small(warmup=1.0)
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"warmup": -0.1}, "`warmup` must be at least 0; got -0.1"),
+        ({"warmup_from": 2.0}, "`warmup_from` must be a share of `lr`, from 0 to 1; got 2"),
+        ({"floor": -1.0}, "`floor` must be a share of `lr`, from 0 to 1; got -1"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(setting, told):
+    with pytest.raises(ValueError, match=told):
+        small(**setting)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +105,15 @@ def test_own_checkpoint_is_welcome():
 
 def test_measured_cost_of_a_known_layer():
     layer = nn.Conv2d(2, 3, 3, padding=1, bias=False)
-    (row,) = measure({"layer": layer}, [0.5], torch.rand(1, 2, 4, 4))
-    assert (row.parameters, row.macs, row.accuracy) == (54, 54 * 16, 0.5)
+    (row,) = measure({"layer": layer}, [{"accuracy": 0.5}], torch.rand(1, 2, 4, 4))
+    assert (row.parameters, row.macs, row.measures) == (54, 54 * 16, {"accuracy": 0.5})
     assert row.latency > 0
 
 
 def test_the_table_has_a_row_for_each_network():
-    text = table([Row("a", 1_500_000, 2_000_000, 3.0, 0.975), Row("longer", 10, 20, 30.0, 1.0)])
+    text = table(
+        [Row("a", 1_500_000, 2_000_000, 3.0, {"accuracy": 0.975}), Row("longer", 10, 20, 30.0, {"accuracy": 1.0})]
+    )
     assert text.splitlines() == [
         "| model  | parameters | MACs / image | latency / image | test accuracy |",
         "|--------|-----------:|-------------:|----------------:|--------------:|",

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from involution.analysis import contenders, cost, record, table
+from involution import cost
+from involution.analysis import contenders, record, table
 from involution.analysis.problem import PASSES, Problem, check, problems, timed
 from involution.analysis.record import Row
 from involution.models import mirrored_resnet

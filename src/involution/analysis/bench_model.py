@@ -11,7 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from involution.analysis import contenders, cost, record, table
+from involution import cost
+from involution.analysis import contenders, record, table
 from involution.analysis.memory import Step, peak_mib
 from involution.analysis.plot import draw
 from involution.analysis.record import Row

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch._functorch import config as functorch
 
-from involution.analysis import contenders, cost, record, table
+from involution import cost
+from involution.analysis import contenders, record, table
 from involution.analysis.memory import Step, peak_mib
 from involution.analysis.plot import draw
 from involution.analysis.problem import PASSES, SHAPES, Problem, check, problems, timed

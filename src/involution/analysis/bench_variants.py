@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from involution.analysis import contenders, cost, record, table
+from involution import cost
+from involution.analysis import contenders, record, table
 from involution.analysis.memory import Step
 from involution.analysis.plot import draw
 from involution.analysis.problem import PASSES, SHAPES, Problem, check, problems, timed

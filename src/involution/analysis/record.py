@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from involution.analysis import cost
+from involution import cost
 from involution.ops.library import implementations
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from involution.analysis import cost, paper
+from involution import cost
+from involution.analysis import paper
 from involution.analysis.plot import draw_accuracy, draw_costs
 from involution.analysis.table import markdown
 from involution.models import mirrored_resnet

@@ -1,4 +1,4 @@
-"""Lightning's commands over our task and data."""
+"""Lightning's commands over our tasks and data."""
 
 from __future__ import annotations
 
@@ -7,19 +7,34 @@ import re
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from involution.data import Digits
 from involution.names import unknown
-from involution.tasks.classification import Classification
 from involution.tasks.progress import Progress
+from involution.tasks.task import Task
+
+# Where each is, and what a task needs of its data: imported when a recipe names it.
+TASKS = {
+    "classification": "involution.tasks.classification:Classification",
+    "detection": "involution.tasks.detection:Detection",
+    "segmentation": "involution.tasks.segmentation:Segmentation",
+}
+DATASETS = {
+    "digits": "involution.data.digits:Digits",
+    "scenes": "involution.data.scenes:DigitScenes",
+    "coco": "involution.data.coco:Coco",
+    "cityscapes": "involution.data.cityscapes:Cityscapes",
+}
+_CLASSES = {"detection": "classes", "segmentation": "map_classes"}
 
 
 class Command(LightningCLI):
@@ -37,11 +52,19 @@ class Command(LightningCLI):
     def __init__(self, command: str, args: Sequence[str], name: str) -> None:
         _calm()
         self._command, self._name = command, name
+        self._task, self._dataset = _kinds(args)
+        task: type[Task] = _load(TASKS[self._task])
+        data: type[LightningDataModule] = _load(DATASETS[self._dataset])
+        self._classes = _CLASSES.get(self._task)
+        if self._classes is not None and not hasattr(data, self._classes):
+            raise ValueError(f"`dataset` {self._dataset} has nothing for `task` {self._task}; choose another.")
+        if self._classes is None and not hasattr(data, "num_classes"):
+            raise ValueError(f"`dataset` {self._dataset} has no classes of images; choose another.")
         self._checkpoint: dict[str, Any] | None = None
         try:
             super().__init__(
-                Classification,
-                Digits,
+                task,
+                data,
                 args=[command, *args],
                 seed_everything_default=0,
                 load_from_checkpoint_support=False,  # the task's settings are plain values
@@ -57,7 +80,11 @@ class Command(LightningCLI):
         return {self._command: LightningCLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add our one setting beside Lightning's."""
+        """Add our settings beside Lightning's."""
+        for name, known, chosen in (("task", TASKS, self._task), ("dataset", DATASETS, self._dataset)):
+            parser.add_argument(f"--{name}", type=str, default=chosen, help=f"One of {', '.join(known)}.")
+        if self._classes is not None:
+            parser.link_arguments(f"data.{self._classes}", "model.classes", apply_on="instantiate")
         parser.add_argument(
             "--folder",
             default=f"runs/{self._name}",
@@ -102,12 +129,10 @@ class Command(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Lightning calls it before it runs anything: refuse a network that does not fit the data or checkpoint."""
-        given = {"in_chans": self.model.in_chans, "num_classes": self.model.num_classes}
-        for name, value in given.items():
-            if value != getattr(self.datamodule, name):
-                raise ValueError(
-                    f"`model.options.{name}` must be {getattr(self.datamodule, name)}, as in the data; got {value}."
-                )
+        for name in ("in_chans", "num_classes") if self._classes is None else ():
+            value, wanted = getattr(self.model, name), getattr(self.datamodule, name)
+            if value != wanted:
+                raise ValueError(f"`model.options.{name}` must be {wanted}, as in the data; got {value}.")
         if self._checkpoint is not None:
             self.model.on_load_checkpoint(self._checkpoint)
 
@@ -142,6 +167,27 @@ class Command(LightningCLI):
         """Write the class of every image, a line each."""
         for classes in self.trainer.predict(**kwargs):
             print(*classes.tolist(), sep="\n")
+
+
+def _kinds(args: Sequence[str]) -> tuple[str, str]:
+    """The task and the data set that a command line asks for, in its files or itself; the last word counts."""
+    chosen = {"task": "classification", "dataset": "digits"}
+    for word, value in zip(args, [*args[1:], ""], strict=True):
+        name, given, text = word.partition("=")
+        if name in ("-c", "--config"):
+            content = yaml.safe_load(Path(text or value).read_text())
+            chosen |= {key: str(content[key]) for key in chosen if isinstance(content, dict) and key in content}
+        elif name.removeprefix("--") in chosen and name.startswith("--"):
+            chosen[name.removeprefix("--")] = text if given else value
+    for name, known in (("task", TASKS), ("dataset", DATASETS)):
+        if chosen[name] not in known:
+            raise ValueError(unknown(name, chosen[name], known))
+    return chosen["task"], chosen["dataset"]
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _free(folder: Path) -> Path:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 
 from involution.tasks.commands import Command
-from involution.tasks.report import draw_curves, measure, table
+from involution.tasks.report import draw_curves, measure, table, write
 
 
 class Comparison:
@@ -28,23 +29,26 @@ class Comparison:
         """Fit both; print what each costs and can do."""
         rednet = self._rednet
         folder = Path(rednet.trainer.log_dir)
-        rednet.start()
+        minutes = [_timed(rednet)]
         # built only now, for building seeds what the fit draws
         resnet = Command("fit", [*self._args, "--model.mirror", "true", "--folder", str(folder / "mirror")], self._name)
-        resnet.start()
+        minutes.append(_timed(resnet))
         fits = {fit.model.name: fit for fit in (rednet, resnet)}
-        accuracies = [_test_accuracy(fit) for fit in fits.values()]
+        measures = [_tested(fit) for fit in fits.values()]
 
-        image = next(iter(rednet.datamodule.test_dataloader()))[0][:1]
-        rows = measure({name: fit.model for name, fit in fits.items()}, accuracies, image.to(rednet.model.device))
+        batch = next(iter(rednet.datamodule.test_dataloader()))
+        batch = rednet.trainer.strategy.batch_to_device(batch, rednet.model.device)
+        rows = measure({name: fit.model for name, fit in fits.items()}, measures, batch[0][:1])
         logs = {name: Path(fit.trainer.log_dir) / "metrics.csv" for name, fit in fits.items()}
-        draw_curves(logs, folder / "curves.png")
+        draw_curves(logs, rednet.model.measures[0], folder / "curves.png")
         (folder / "table.md").write_text(table(rows) + "\n")
+        write(rows, self._name, minutes, rednet.model.device.type, folder / "results.csv")
         print(f"\n{table(rows)}\n")
         for what, where in (
             ("checkpoint", rednet.trainer.checkpoint_callback.last_model_path),
             ("mirror's", resnet.trainer.checkpoint_callback.last_model_path),
             ("learning curves", folder / "curves.png"),
+            ("results", folder / "results.csv"),
             ("configuration", folder / "config.yaml"),
         ):
             print(f"{what:<16} {where}")
@@ -67,7 +71,14 @@ class _RedNet(Command):
             raise ValueError("`compare` needs the log that `trainer.fast_dev_run` does not write; leave it out.")
 
 
-def _test_accuracy(fit: Command) -> float:
-    # The weights the schedule ended with: choosing by 197 validation images, nearly all right, would be a lottery.
+def _timed(fit: Command) -> float:
+    start = perf_counter()
+    fit.start()
+    return (perf_counter() - start) / 60
+
+
+def _tested(fit: Command) -> dict[str, float]:
+    # The weights the schedule ended with: choosing by few validation images, nearly all right, would be a lottery.
     (metrics,) = fit.trainer.test(fit.model, datamodule=fit.datamodule, verbose=False)
-    return metrics["test/accuracy"]
+    found = {name: metrics.get(f"test/{name}") for name in fit.model.measures}
+    return {name: value for name, value in found.items() if value is not None}

@@ -17,8 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from involution.analysis.cost import parameters
 from involution.analysis.table import markdown
+from involution.cost import parameters
 from involution.models import RedNet
 from involution.models.rednet import checkpoint_filter_fn
 from involution.weights import read, rednet_of

@@ -12,44 +12,53 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from involution.analysis import cost
+from involution import cost
+from involution.analysis.record import here
+
+_SECONDS = 30.0  # of timing, at most
 
 
 @dataclass(frozen=True)
 class Row:
-    """A network: `parameters`, multiply-adds of one image, milliseconds for one image, test accuracy from 0 to 1."""
+    """A network: `parameters`, multiply-adds of one image, milliseconds for one image, and what a test measured."""
 
     name: str
     parameters: int
     macs: int
     latency: float
-    accuracy: float
+    measures: Mapping[str, float]
 
 
-def measure(networks: Mapping[str, nn.Module], accuracies: Sequence[float], image: Tensor) -> list[Row]:
+def measure(
+    networks: Mapping[str, nn.Module], measures: Sequence[Mapping[str, float]], image: Tensor | list[Tensor]
+) -> list[Row]:
     """A row for each network.
 
     Args:
         networks: the networks by name.
-        accuracies: their test accuracies, from 0 to 1.
-        image: a batch of one, (1, C, H, W), on the device of the networks.
+        measures: what a test measured of each, by name, from 0 to 1.
+        image: a batch of one, as the networks take it, on their device.
     """
     for network in networks.values():
         network.eval()
     with torch.inference_mode():
         runs = {name: partial(network, image) for name, network in networks.items()}
-        latencies = [median(times) for times in cost.interleaved(runs, device=image.device).values()]
+        times = cost.interleaved(runs, device=image[0].device, seconds=_SECONDS)
     return [
-        Row(name, cost.parameters(network), cost.macs(network, image), latency, accuracy)
-        for (name, network), latency, accuracy in zip(networks.items(), latencies, accuracies, strict=True)
+        Row(name, cost.parameters(network), cost.macs(network, image), median(times[name]), measured)
+        for (name, network), measured in zip(networks.items(), measures, strict=True)
     ]
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text that Markdown also understands."""
-    lines = [("model", "parameters", "MACs / image", "latency / image", "test accuracy")]
+    names = list(rows[0].measures)
+    lines = [("model", "parameters", "MACs / image", "latency / image", *(f"test {name}" for name in names))]
     lines += [
-        (r.name, f"{r.parameters / 1e6:.2f} M", f"{r.macs / 1e6:.2f} M", f"{r.latency:.2f} ms", f"{r.accuracy:.1%}")
+        (
+            *(r.name, f"{r.parameters / 1e6:.2f} M", f"{r.macs / 1e6:.2f} M", f"{r.latency:.2f} ms"),
+            *(f"{r.measures[name]:.1%}" for name in names),
+        )
         for r in rows
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -58,25 +67,42 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([f"| {text[0]} |", f"|{rule}|", *(f"| {line} |" for line in text[1:])])
 
 
-def draw_curves(metrics: Mapping[str, Path], picture: Path) -> None:
-    """Draw loss and accuracy over the epochs.
+def draw_curves(metrics: Mapping[str, Path], measure: str, picture: Path) -> None:
+    """Draw the loss and `measure` over the epochs.
 
     Args:
         metrics: for each network, by name, the CSV file its run was logged to.
+        measure: what the runs logged beside the loss, such as accuracy.
         picture: the PNG file to write.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", measure), strict=True):
         for colour, (name, path) in enumerate(metrics.items()):
             for stage, style in (("train", "--"), ("validation", "-")):
                 epochs, values = _column(path, f"{stage}/{quantity}")
-                axes.plot(epochs, values, style, color=f"C{colour}", label=f"{name}, {stage}")
+                if epochs:  # a detector has no loss but in training, and is not measured there
+                    axes.plot(epochs, values, style, color=f"C{colour}", label=f"{name}, {stage}")
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(picture, dpi=120)
+
+
+def write(rows: Sequence[Row], recipe: str, minutes: Sequence[float], device: str, path: Path) -> None:
+    """Write the rows as CSV, with how long each fit took and where all was measured."""
+    with path.open("w", newline="") as file:
+        lines = [
+            {"recipe": recipe, "model": r.name, "parameters": r.parameters, "macs": r.macs, "ms": round(r.latency, 2)}
+            | {name: round(value, 4) for name, value in r.measures.items()}
+            | {"minutes": round(taken, 1)}
+            | here(device)
+            for r, taken in zip(rows, minutes, strict=True)
+        ]
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def _column(path: Path, name: str) -> tuple[list[int], list[float]]:

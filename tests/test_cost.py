@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from involution.analysis import cost
+from involution import cost
 
 
 class Clock:

@@ -28,8 +28,8 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def macs(network: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of `network` on `image`: of all convolutions, linear layers and involutions."""
+def macs(network: nn.Module, image: Tensor | list[Tensor]) -> int:
+    """Multiply-adds of `network` on `image`, or a list of them: of all convolutions, linear layers and involutions."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
     return counter.get_total_flops() // 2

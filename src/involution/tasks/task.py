@@ -1,0 +1,134 @@
+"""What all tasks share: the optimizer, the schedule of the learning rate, and checkpoints that fit or are refused."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from involution.names import unknown
+from involution.weights import mismatch
+
+Schedule = Literal["cosine", "step", "poly"]
+
+_SCHEDULES = ("cosine", "step", "poly")
+_STEP, _POWER = 0.1, 0.9  # of the step and poly schedules
+
+
+class Task(LightningModule):
+    """A network and how it is trained.
+
+    Args:
+        optimizer: name of the optimizer in timm, such as sgd (with Nesterov's momentum 0.9), momentum (without
+            Nesterov) or adamw.
+        optimizer_options: further arguments of the optimizer, such as betas of adamw; or filter_bias_and_bn, whose
+            false decays biases and norms too.
+        lr: largest learning rate, reached after the warm-up.
+        weight_decay: weight decay of all parameters but biases and norms.
+        warmup: share of all steps in which the learning rate grows linearly; from 1 on, the number of these steps.
+        warmup_from: share of `lr` at which the warm-up begins.
+        schedule: of the learning rate after the warm-up: "cosine" to `floor`; "step", a tenth at each of the
+            milestones; or "poly", (1 - share of steps done) ** 0.9.
+        milestones: of "step", as shares of all steps.
+        floor: share of `lr` below which "cosine" and "poly" do not go.
+        channels_last: keep images and features with channels innermost in memory, the faster layout of involution.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    net: Any
+    measures: tuple[str, ...]  # what a test logs under `test/`, that which says most first
+
+    def __init__(
+        self,
+        optimizer: str = "adamw",
+        optimizer_options: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+        warmup_from: float = 0.0,
+        schedule: Schedule = "cosine",
+        milestones: Sequence[float] = (8 / 12, 11 / 12),
+        floor: float = 0.0,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if warmup < 0:
+            raise ValueError(f"`warmup` must be at least 0; got {warmup}.")
+        for name, share in (("warmup_from", warmup_from), ("floor", floor)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"`{name}` must be a share of `lr`, from 0 to 1; got {share}.")
+        if schedule not in _SCHEDULES:
+            raise ValueError(unknown("schedule", schedule, _SCHEDULES))
+        self.save_hyperparameters(logger=False)  # the run's config.yaml has them
+
+    @property
+    def name(self) -> str:
+        """The network's name, for people."""
+        arch = str(self.hparams["arch"])
+        return arch.replace("rednet", "resnet") + " (mirror)" if self.hparams["mirror"] else arch
+
+    def keep(self, net: nn.Module) -> None:
+        """Make `net` the network of this task, in the layout it is trained in."""
+        self.net = net.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else net
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log the learning rate."""
+        self.log("lr", self.lr_schedulers().get_last_lr()[0])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and its schedule over all steps of the run."""
+        settings = self.hparams
+        optimizer = create_optimizer_v2(
+            self.net,
+            opt=settings["optimizer"],
+            lr=settings["lr"],
+            weight_decay=settings["weight_decay"],
+            **(settings["optimizer_options"] or {}),
+        )
+        share = learning_rate(
+            int(self.trainer.estimated_stepping_batches),
+            *(settings[name] for name in ("schedule", "warmup", "warmup_from", "milestones", "floor")),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network, before torch does in many lines."""
+        problem = mismatch(self.state_dict(), checkpoint["state_dict"])
+        if problem:
+            raise ValueError(
+                f"the checkpoint belongs to another network than {self.name} with options {self.hparams['options']}: "
+                f"{problem}. Give the `config.yaml` of the run it came from."
+            )
+
+
+def learning_rate(
+    steps: int, schedule: Schedule, warmup: float, warmup_from: float, milestones: Sequence[float], floor: float
+) -> Callable[[int], float]:
+    """The share of the largest learning rate at each of `steps` steps; see `Task` for the settings.
+
+    Example:
+        >>> share = learning_rate(10, "step", warmup=2, warmup_from=0.0, milestones=(0.5, 0.8), floor=0.0)
+        >>> [round(share(step), 3) for step in range(10)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.01, 0.01]
+    """
+    first = int(warmup if warmup >= 1 else warmup * steps)
+
+    def share(step: int) -> float:
+        if step < first:
+            return warmup_from + (1 - warmup_from) * (step + 1) / first
+        if schedule == "step":
+            return _STEP ** bisect_right(milestones, step / steps)
+        if schedule == "poly":
+            return floor + (1 - floor) * (1 - min(step, steps) / steps) ** _POWER
+        return floor + (1 - floor) * (0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+    return share
