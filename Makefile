@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup train test test-slow bench-gpu sanitize arm64 lint
+.PHONY: help setup train test test-slow bench-gpu bench-scenes sanitize arm64 lint
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -51,6 +51,13 @@ bench-gpu: setup ## On a machine with a GPU: test the programs, then time them i
 	$(BIN)/python -m pytest -m gpu tests/ops/test_triton.py
 	$(BIN)/involution bench gpu --out benchmarks
 	$(BIN)/involution bench readme
+
+bench-scenes: setup $(addprefix benchmarks/scenes/,faster_rcnn.csv mask_rcnn.csv semantic_fpn.csv detr.csv) ## Train every recipe on scenes of digits, with its mirror, into benchmarks/scenes
+
+benchmarks/scenes/%.csv: src/involution/recipes/scenes/%.yaml
+	rm -rf build/scenes/$*
+	$(BIN)/involution compare --config scenes/$* --folder build/scenes/$*
+	mkdir -p $(@D) && cp build/scenes/$*/results.csv $@
 
 arm64: ## Compile the library for arm64, without running it
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then compiler=aarch64-linux-gnu-g++; \
