@@ -16,14 +16,17 @@ from involution.names import unknown
 _DEFAULT_RECIPE = "digits"
 _NEEDS = {"bench": "benchmarking", "convert": "converting", "table": "counting"}
 _EXTRAS = frozenset(
-    ["jsonargparse", "lightning", "matplotlib", "safetensors", "sklearn", "timm", "torchmetrics", "torchvision", "tqdm"]
+    [
+        *("jsonargparse", "lightning", "matplotlib", "pycocotools", "safetensors", "scipy", "sklearn", "timm"),
+        *("torchmetrics", "torchvision", "tqdm", "transformers", "yaml"),
+    ]
 )
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
     "fit": "train a network by a recipe",
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
-    "predict": "print the class of every test image, a line each",
+    "predict": "find the classes, boxes, masks or maps of images, and draw them",
     "convert": "turn a checkpoint of the official code into one that timm loads, and measure it",
     "table": "build and count the networks of the paper's tables, beside what was published",
     "bench": "time the operator, its variants or networks against their rivals on this machine",
@@ -56,7 +59,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return _refuse(f"{_NEEDS.get(args[0], 'training')} needs more packages: pip install 'involution[train]'")
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         return _refuse(str(error))
-    run()
+    try:
+        run()
+    except ValueError as error:
+        _, bad, told = str(error).rpartition("BadItemError: ")  # a worker process sends its traceback along
+        if not bad and type(error).__name__ != "BadItemError":
+            raise
+        return _refuse(told + " Leave such items out by --data.skip_bad true.")
     return 0
 
 
@@ -177,6 +186,8 @@ def _help() -> str:
             "  involution compare",
             "  involution fit --config digits --trainer.max_epochs 20 --model.lr 0.001",
             "  involution test --ckpt_path runs/digits/checkpoints/best.ckpt",
+            "  involution fit --config scenes/faster_rcnn",
+            "  involution predict --ckpt_path runs/scenes/faster_rcnn/checkpoints/best.ckpt --images photographs",
             "  involution convert rednet50.pth rednet50.safetensors --evaluate imagenet/val",
             "  involution table imagenet --latency true",
             "  involution bench op --dtype bfloat16",

@@ -42,7 +42,7 @@ class Counts(NamedTuple):
     flops: int
 
 
-def counts(network: nn.Module, image: Tensor) -> Counts:
+def counts(network: nn.Module, image: Tensor | list[Tensor]) -> Counts:
     """The work of `network` on `image`: multiply-adds, and FLOPs by the rules of the authors' tables, those of mmcv.
 
     By these a multiply-add, a bias and an activation count one each, and a batch norm two for every element; pooling
@@ -50,7 +50,7 @@ def counts(network: nn.Module, image: Tensor) -> Counts:
 
     Args:
         network: of convolutions, linear layers, batch norms, ReLUs and involutions.
-        image: a batch of images; on the meta device nothing is computed.
+        image: a batch of images, or whatever the network takes; on the meta device nothing is computed.
     """
     macs = others = 0
 

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from involution import cost
-from involution.analysis import paper, tables
+from involution.analysis import networks, paper, tables
 from involution.cli import main
 
 
@@ -30,6 +30,24 @@ def test_parameters_are_those_of_the_paper(imagenet) -> None:
     assert counted["ResNet-50"] == 25_557_032
     for depth, said in paper.REDNET.items():
         assert round(counted[f"RedNet-{depth}, stem of K 7"] / 1e6, 2) == said.parameters
+
+
+def test_detectors_and_segmentors_are_counted(capsys) -> None:
+    coco = {line.name: line for line in tables.table("coco")}
+    city = {line.name: line for line in tables.table("cityscapes")}
+    told = capsys.readouterr().out
+    assert "| box AP, paper |" in told
+    assert "| mIoU, paper |" in told
+    sizes = {name: (line.parameters, line.trained) for name, line in coco.items() if "stem of K 3" not in name}
+    assert list(sizes.values()) == [
+        *((41_753_056, 41_527_712), (31_737_550, 31_598_464), (29_647_118, 29_508_032), (29_124_510, 28_985_424)),
+        *((44_396_336, 44_170_992), (34_380_830, 34_241_744), (32_290_398, 32_151_312), (29_677_358, 29_538_272)),
+        *((37_968_692, 37_743_348), (27_953_186, 27_814_100), (26_385_362, 26_246_276)),
+    ]
+    assert [line.parameters for line in city.values()] == [28_497_907, 18_462_449, 16_372_017, 66_415_238, 56_379_780]
+    for line in (*coco.values(), *city.values()):
+        assert line.published is not None
+        assert line.trained / 1e6 == pytest.approx(line.published.parameters, abs=0.06)
 
 
 def test_published_percentages_follow_from_published_numbers() -> None:
@@ -83,10 +101,10 @@ def test_as_text(imagenet) -> None:
 
 def test_pictures_and_latency(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(cost, "interleaved", lambda runs, **_: {name: [2.0, 1.0, 3.0] for name in runs})
-    monkeypatch.setattr(tables, "ABLATIONS", {"RedNet-50": {}, "K 3": {"kernel_size": 3}})
+    monkeypatch.setattr(networks, "ABLATIONS", {"RedNet-50": {}, "K 3": {"kernel_size": 3}})
     assert [line.latency for line in tables.table("ablation", latency=True)] == [2.0, 2.0]
     assert " ms |" in capsys.readouterr().out
-    monkeypatch.setattr(tables, "BLOCKS", {26: tables.BLOCKS[26]})
+    monkeypatch.setattr(networks, "BLOCKS", {26: networks.BLOCKS[26]})
     for name in ("imagenet", "ablation"):
         assert main(["table", name, "--format", "png", "--out", str(tmp_path)]) == 0
         assert capsys.readouterr().out == f"drawn to {tmp_path / name}.png\n"

@@ -10,14 +10,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from involution.data.digits import split
-
-Item = tuple[Tensor, dict[str, Tensor]]
-Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+from involution.data.items import Item, lists
 
 _INK = 16  # value of a black pixel in a scan
 _TRIALS = 30  # places tried for a digit
@@ -168,24 +165,21 @@ class DigitScenes(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Item]:
         """The training scenes in a new order every epoch; an incomplete last batch is left out."""
-        return DataLoader(self._scenes["train"], self.batch_size, shuffle=True, drop_last=True, collate_fn=lists)
+        return DataLoader(
+            self._scenes["train"], batch_size=self.batch_size, shuffle=True, drop_last=True, collate_fn=lists
+        )
 
     def val_dataloader(self) -> DataLoader[Item]:
         """The validation scenes, in order."""
-        return DataLoader(self._scenes["validation"], self.batch_size, collate_fn=lists)
+        return DataLoader(self._scenes["validation"], batch_size=self.batch_size, collate_fn=lists)
 
     def test_dataloader(self) -> DataLoader[Item]:
         """The test scenes, in order."""
-        return DataLoader(self._scenes["test"], self.batch_size, collate_fn=lists)
+        return DataLoader(self._scenes["test"], batch_size=self.batch_size, collate_fn=lists)
 
     def predict_dataloader(self) -> DataLoader[Item]:
         """The test scenes, in order."""
         return self.test_dataloader()
-
-
-def lists(items: list[Item]) -> Batch:
-    """A batch of images of any sizes: a list of them, and one of their targets."""
-    return [image for image, _ in items], [target for _, target in items]
 
 
 def compose(

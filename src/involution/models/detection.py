@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
@@ -21,7 +23,8 @@ from involution.names import unknown
 Name = Literal["retinanet", "faster_rcnn", "mask_rcnn"]
 Targets = list[dict[str, Tensor]]
 
-_NAMES = ("retinanet", "faster_rcnn", "mask_rcnn")
+_CLASSES = {"retinanet": RetinaNet, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}
+_NAMES = tuple(_CLASSES)
 _RATIOS = (0.5, 1.0, 2.0)
 _BOX, _ROI = 7, 14  # sides of what is pooled for a box and for a mask
 
@@ -139,6 +142,11 @@ def detector(
     """
     if name not in _NAMES:
         raise ValueError(unknown("detector", name, _NAMES))
+    known = _settings(_CLASSES[name])
+    for setting in settings:
+        if setting not in known:
+            ours = inspect.signature(detector).parameters.keys() - {"name", "stages", "settings"}
+            raise ValueError(unknown(f"setting of {name}", setting, known | ours))
     if name == "retinanet":
         if head != "convolution":
             raise ValueError(f"`head` must be 'convolution' for a RetinaNet, which has no other; got {head!r}.")
@@ -164,6 +172,15 @@ def detector(
         model = MaskRCNN(pyramid, **parts, **settings)
     involve(model.rpn.head.conv, head, "head")
     return model
+
+
+def _settings(kind: type[nn.Module]) -> set[str]:
+    """Names of what a detector takes, or hands on to the class it is made from, or to what resizes its images."""
+    parameters: set[str] = set()
+    for each in (*kind.__mro__, GeneralizedRCNNTransform):
+        if issubclass(each, (RetinaNet, FasterRCNN, GeneralizedRCNNTransform)):
+            parameters |= inspect.signature(each).parameters.keys()
+    return parameters - {"backbone", "num_classes", "kwargs"}
 
 
 def _anchors(scales: list[float], strides: tuple[int, ...]) -> AnchorGenerator:

@@ -83,6 +83,10 @@ class Command(LightningCLI):
         """Add our settings beside Lightning's."""
         for name, known, chosen in (("task", TASKS, self._task), ("dataset", DATASETS, self._dataset)):
             parser.add_argument(f"--{name}", type=str, default=chosen, help=f"One of {', '.join(known)}.")
+        if self._command == "predict":
+            images = "Images or folders of them to predict; by default those of the data set."
+            parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
+            parser.add_argument("--least", type=float, default=0.5, help="Score from which detections are drawn.")
         if self._classes is not None:
             parser.link_arguments(f"data.{self._classes}", "model.classes", apply_on="instantiate")
         parser.add_argument(
@@ -164,9 +168,24 @@ class Command(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
-        """Write the class of every image, a line each."""
-        for classes in self.trainer.predict(**kwargs):
-            print(*classes.tolist(), sep="\n")
+        """Write the class of every image, a line each; or draw what was found in each, and tell where that is."""
+        if self._classes is None:
+            for classes in self.trainer.predict(**kwargs):
+                print(*classes.tolist(), sep="\n")
+            return
+        from involution.tasks import predict
+
+        settings = self.config["predict"]
+        pictures = predict.Pictures([Path(path) for path in settings["images"]]) if settings["images"] else None
+        labels = getattr(self.datamodule, self._classes)
+        numbers = getattr(self.datamodule, "category_ids", range(1, len(labels) + 1))
+        folder = _free(Path(settings["folder"]) / "predictions")
+        writer = predict.Writer(folder, labels, numbers, settings["least"], pictures.names if pictures else ())
+        self.trainer.callbacks.append(writer)
+        if pictures:
+            kwargs = {**kwargs, "datamodule": None, "dataloaders": predict.loader(pictures)}
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+        print(f"{writer.count} pictures and predictions.json in {folder}")
 
 
 def _kinds(args: Sequence[str]) -> tuple[str, str]:

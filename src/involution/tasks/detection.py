@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from involution.data.scenes import Batch
+from involution.data.items import Batch
 from involution.models import detection
 from involution.models.stages import Layer, Stages, build
 from involution.tasks.task import Task

@@ -31,10 +31,9 @@ class Progress(TQDMProgressBar):
         device = trainer.strategy.root_device.type
         code = implementations().get(device, implementations()["any other"])
         if trainer.is_global_zero:
-            print(
-                f"Training {pl_module.name} for {trainer.max_epochs} epochs on {device} (involution: {code})",
-                flush=True,
-            )
+            steps = trainer.max_epochs is None or trainer.max_epochs < 0
+            length = f"{trainer.max_steps} steps" if steps else f"{trainer.max_epochs} epochs"
+            print(f"Training {pl_module.name} for {length} on {device} (involution: {code})", flush=True)
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

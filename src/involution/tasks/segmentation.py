@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from involution.data.scenes import Batch
+from involution.data.items import Batch
 from involution.models.segmentation import segmentor as build_segmentor
 from involution.models.stages import Layer, Stages, build
 from involution.tasks.task import Task

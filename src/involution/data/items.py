@@ -1,0 +1,133 @@
+"""What detection and segmentation data share: items, batches of them, and items that are bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Item = tuple[Tensor, dict[str, Tensor]]
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+class BadItemError(ValueError):
+    """An item of a data set that cannot be used: one sentence with its file."""
+
+
+class Items(Dataset[Item | None]):
+    """A data set that reads its items from files.
+
+    Args:
+        skip_bad: leave items out that raise `BadItemError`, and count them.
+    """
+
+    def __init__(self, skip_bad: bool) -> None:
+        self._skip_bad = skip_bad
+        self._skipped = torch.zeros((), dtype=torch.long).share_memory_()  # counted in all worker processes
+
+    @property
+    def skipped(self) -> int:
+        """How often an item was left out."""
+        return int(self._skipped)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Item:
+        """One item."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Item | None:
+        try:
+            return self.read(index)
+        except BadItemError:
+            if not self._skip_bad:
+                raise
+            self._skipped += 1
+            return None
+
+
+class ItemsModule(LightningDataModule):
+    """Loads items of a training and a validation set; the validation set is also tested on.
+
+    Args:
+        batch_size: images in a training step, on each device.
+        workers: processes that read images.
+    """
+
+    def __init__(self, batch_size: int, workers: int) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+        self.batch_size, self._workers = batch_size, workers
+        self._sets: dict[str, Items] = {}
+
+    def load(self, split: str) -> Items:
+        """The set "train" or "val"."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the lists of what the stage of Lightning needs."""
+        for split in ("train", "val") if stage in (None, "fit") else ("val",):
+            if split not in self._sets:
+                self._sets[split] = self.load(split)
+
+    def teardown(self, stage: str) -> None:
+        """Tell what was left out."""
+        for split, items in self._sets.items():
+            if items.skipped:
+                print(f"skipped {items.skipped} bad items of {split}")
+
+    def train_dataloader(self) -> DataLoader[Item | None]:
+        """The training images in a new order every epoch; an incomplete last batch is left out."""
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Item | None]:
+        """The validation images, in order, one by one: they differ in size."""
+        return self._loader("val", 1)
+
+    def test_dataloader(self) -> DataLoader[Item | None]:
+        """The validation images, in order: the test images of these data sets have no public targets."""
+        return self._loader("val", 1)
+
+    def predict_dataloader(self) -> DataLoader[Item | None]:
+        """The validation images, in order."""
+        return self._loader("val", 1)
+
+    def _loader(self, split: str, size: int, shuffle: bool = False) -> DataLoader[Item | None]:
+        return DataLoader(
+            self._sets[split],
+            batch_size=size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=self._workers,
+            collate_fn=lists,
+            persistent_workers=self._workers > 0,
+        )
+
+
+def lists(items: Sequence[Item | None]) -> Batch:
+    """A batch of images of any sizes: a list of them, and one of their targets; what was left out is not in it."""
+    kept = [item for item in items if item is not None]
+    return [image for image, _ in kept], [target for _, target in kept]
+
+
+def open_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """The image in a file, decoded.
+
+    Raises:
+        BadItemError: if there is no image to be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode) if image.mode != mode else image.copy()
+    except FileNotFoundError:
+        raise BadItemError(f"there is no image {path}.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what damaged files make Pillow raise
+        raise BadItemError(f"{path} cannot be read as an image: {error}") from None

@@ -1,0 +1,131 @@
+"""Detection and segmentation from the command line: fits, tests, predictions, and every packaged recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from involution.cli import main
+from involution.tasks.detection import Detection
+from involution.tasks.segmentation import Segmentation
+from involution.tasks.task import learning_rate
+
+RECIPES = Path(__file__).parents[2] / "src" / "involution" / "recipes"
+TINY = [
+    *("--data.train_scenes", "4", "--data.validation_scenes", "2", "--data.test_scenes", "2", "--data.batch_size", "2"),
+    *("--data.look.height", "64", "--data.look.width", "64", "--data.look.smallest", "16", "--data.look.largest", "32"),
+    *("--model.options.base_width", "16", "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"),
+    *("--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _at_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
+    small = ["--model.detector_options.min_size", "64", "--model.detector_options.max_size", "64"]
+    assert main(["fit", "--config", "scenes/mask_rcnn", *TINY, *small]) == 0
+    checkpoint = "runs/scenes/mask_rcnn/checkpoints/last.ckpt"
+    assert "runs/scenes/mask_rcnn/checkpoints" in capsys.readouterr().out
+    assert main(["test", "--ckpt_path", checkpoint]) == 0
+    told = capsys.readouterr().out
+    assert "test/AP50" in told
+    assert "test/mask_AP" in told
+    (tmp_path / "photographs").mkdir()
+    for name, size in (("odd.png", (97, 61)), ("other.jpg", (64, 64))):
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "photographs" / name)
+    assert main(["predict", "--ckpt_path", checkpoint, "--images", "photographs", "--least", "0"]) == 0
+    folder = Path("runs/scenes/mask_rcnn/predictions")
+    assert capsys.readouterr().out.splitlines()[-1] == f"2 pictures and predictions.json in {folder}"
+    assert Image.open(folder / "odd.png").size == (97, 61)
+    found = json.loads((folder / "predictions.json").read_text())
+    assert {entry["image_id"] for entry in found} <= {"odd", "other"}
+    for entry in found:
+        assert set(entry) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+        assert 1 <= entry["category_id"] <= 10
+
+
+def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys):
+    assert main(["compare", "--config", "scenes/semantic_fpn", *TINY]) == 0
+    told = capsys.readouterr().out
+    assert "| test mIoU |" in told
+    run = Path("runs/scenes/semantic_fpn")
+    assert (run / "curves.png").stat().st_size > 10_000
+    rows = (run / "results.csv").read_text().splitlines()
+    assert rows[0].startswith("recipe,model,parameters,macs,ms,mIoU,minutes,")
+    assert rows[1].startswith("scenes/semantic_fpn,rednet26,")
+    assert rows[2].startswith("scenes/semantic_fpn,resnet26 (mirror),")
+    assert main(["predict", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    (entry, _) = json.loads((run / "predictions" / "predictions.json").read_text())
+    assert sum(entry["pixels"].values()) == 64 * 64
+    assert set(entry["pixels"]) <= {"background", *"0123456789"}
+    assert Image.open(run / "predictions" / entry["map"]).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--task", "detecton"], "unknown task 'detecton'; did you mean 'detection'"),
+        (["--dataset", "scene"], "unknown dataset 'scene'; did you mean 'scenes'"),
+        (["--task", "detection"], "`dataset` digits has nothing for `task` detection; choose another."),
+        (["--dataset", "scenes"], "`dataset` scenes has no classes of images; choose another."),
+        (["--config", "coco/faster_rcnn"], "there is no annotation file data/coco/annotations/instances_val2017.json."),
+        (["--config", "scenes/detr", "--model.neck", "involution"], "`neck` must be 'convolution' for detr"),
+        (
+            ["--config", "scenes/faster_rcnn", "--model.detector_options.chanels", "3"],
+            "unknown setting of faster_rcnn 'chanels'; did you mean 'channels'",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(args, told, capsys):
+    assert main(["fit", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_images_that_cannot_be_predicted(tmp_path, capsys):
+    arguments = ["predict", "--config", "scenes/semantic_fpn", "--ckpt_path", "some.ckpt"]
+    assert main([*arguments, "--images", "nowhere"]) == 2
+    assert "there is no file some.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("c*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_published_recipes_build_what_they_say(path):
+    recipe = yaml.safe_load(path.read_text())
+    task, classes = {"detection": (Detection, 80), "segmentation": (Segmentation, 19)}[recipe["task"]]
+    model = task(classes=[str(number) for number in range(classes)], **recipe["model"])
+    assert model.name == "rednet50"
+    assert model.hparams["lr"] == recipe["model"]["lr"]
+    trained = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
+    published = {
+        "faster_rcnn": 31_598_464,
+        "faster_rcnn_neck": 29_508_032,
+        "faster_rcnn_neck_head": 28_985_424,
+        "mask_rcnn": 34_241_744,
+        "mask_rcnn_neck": 32_151_312,
+        "mask_rcnn_neck_head": 29_538_272,
+        "retinanet": 27_814_100,
+        "retinanet_neck": 26_246_276,
+        "semantic_fpn": 18_463_169,
+        "semantic_fpn_neck": 16_372_737,
+        "upernet": 56_379_780 + 720,  # the stem of K 7
+    }
+    assert trained == published[path.stem]
+
+
+def test_schedules():
+    poly = learning_rate(100, "poly", 0, 0.0, (), 0.01)
+    assert [poly(0), poly(100)] == [1.0, 0.01]
+    assert poly(50) == pytest.approx(0.01 + 0.99 * 0.5**0.9)
+    warm = learning_rate(1000, "step", 500, 0.001, (0.75,), 0.0)
+    assert warm(0) == pytest.approx(0.001 + 0.999 / 500)
+    assert warm(499) == 1.0
+    assert [warm(749), warm(750)] == [1.0, 0.1]
+    cosine = learning_rate(10, "cosine", 0.2, 0.0, (), 0.5)
+    assert [cosine(0), cosine(1)] == [0.5, 1.0]
+    assert cosine(6) == pytest.approx(0.75)
+    assert cosine(10) == pytest.approx(0.5)
