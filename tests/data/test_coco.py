@@ -123,6 +123,15 @@ def test_bad_annotations_are_named_or_skipped(root: Path, index: int, values: di
     assert data.skipped == 1
 
 
+def test_training_batches_stay_full(root: Path) -> None:
+    (root / "val2017" / "000000000007.jpg").write_bytes(b"no image")
+    data = items(root, train=True, skip_bad=True)
+    assert [data[index][1]["image_id"].item() for index in range(2)] == [9, 9]
+    assert data.skipped == 1
+    with pytest.raises(BadItemError):
+        items(root, train=True)[0]
+
+
 def test_bad_images_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "val2017" / "000000000007.jpg").write_bytes(b"no image")
     (root / "val2017" / "000000000008.jpg").unlink()

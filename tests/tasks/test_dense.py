@@ -26,6 +26,11 @@ def _at_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
 def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
     small = ["--model.detector_options.min_size", "64", "--model.detector_options.max_size", "64"]
     assert main(["fit", "--config", "scenes/mask_rcnn", *TINY, *small]) == 0
@@ -36,12 +41,12 @@ def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
     assert "test/AP50" in told
     assert "test/mask_AP" in told
     (tmp_path / "photographs").mkdir()
-    for name, size in (("odd.png", (97, 61)), ("other.jpg", (64, 64))):
-        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "photographs" / name)
+    for name, sides in (("odd.png", (97, 61)), ("other.jpg", (64, 64))):
+        Image.effect_noise(sides, 50).convert("RGB").save(tmp_path / "photographs" / name)
     assert main(["predict", "--ckpt_path", checkpoint, "--images", "photographs", "--least", "0"]) == 0
     folder = Path("runs/scenes/mask_rcnn/predictions")
     assert capsys.readouterr().out.splitlines()[-1] == f"2 pictures and predictions.json in {folder}"
-    assert Image.open(folder / "odd.png").size == (97, 61)
+    assert size(folder / "odd.png") == (97, 61)
     found = json.loads((folder / "predictions.json").read_text())
     assert {entry["image_id"] for entry in found} <= {"odd", "other"}
     for entry in found:
@@ -49,7 +54,8 @@ def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
         assert 1 <= entry["category_id"] <= 10
 
 
-def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys):
+def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys, monkeypatch):
+    monkeypatch.setattr("involution.tasks.report._SECONDS", 0.5)
     assert main(["compare", "--config", "scenes/semantic_fpn", *TINY]) == 0
     told = capsys.readouterr().out
     assert "| test mIoU |" in told
@@ -63,7 +69,7 @@ def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys):
     (entry, _) = json.loads((run / "predictions" / "predictions.json").read_text())
     assert sum(entry["pixels"].values()) == 64 * 64
     assert set(entry["pixels"]) <= {"background", *"0123456789"}
-    assert Image.open(run / "predictions" / entry["map"]).size == (64, 64)
+    assert size(run / "predictions" / entry["map"]) == (64, 64)
 
 
 @pytest.mark.parametrize(

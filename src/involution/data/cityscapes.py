@@ -37,11 +37,11 @@ class CityscapesItems(Items):
     """
 
     def __init__(self, root: Path, split: str, skip_bad: bool = False) -> None:
-        super().__init__(skip_bad)
+        super().__init__(skip_bad, train=split == "train")
         self._images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         if not self._images:
             raise ValueError(f"there are no images {root}/leftImg8bit/{split}/CITY/*_leftImg8bit.png.")
-        self._targets, self._train = root / "gtFine" / split, split == "train"
+        self._targets = root / "gtFine" / split
         self._classes = torch.full((_MOST + 1,), UNLABELLED)
         for each in Published.classes:
             if each.id >= 0:

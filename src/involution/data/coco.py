@@ -41,7 +41,7 @@ class CocoItems(Items):
     """
 
     def __init__(self, images: Path, annotations: Path, train: bool = False, skip_bad: bool = False) -> None:
-        super().__init__(skip_bad)
+        super().__init__(skip_bad, train)
         self._images, self._file = images, annotations
         try:
             with redirect_stdout(io.StringIO()):  # pycocotools tells its progress in three lines
@@ -56,7 +56,6 @@ class CocoItems(Items):
             raise ValueError(f"{annotations} is no annotation file of COCO's format: it has no categories.")
         self.category_ids = tuple(category["id"] for category in categories)
         self._label = {number: label for label, number in enumerate(self.category_ids, start=1)}
-        self._train = train
         self._flip = v2.RandomHorizontalFlip(0.5 if train else 0.0)
         self._ids = sorted(self._coco.imgs)
         if train:

@@ -24,10 +24,11 @@ class Items(Dataset[Item | None]):
 
     Args:
         skip_bad: leave items out that raise `BadItemError`, and count them.
+        train: the next good item takes the place of one left out, so that all batches are full.
     """
 
-    def __init__(self, skip_bad: bool) -> None:
-        self._skip_bad = skip_bad
+    def __init__(self, skip_bad: bool, train: bool = False) -> None:
+        self._skip_bad, self._train = skip_bad, train
         self._skipped = torch.zeros((), dtype=torch.long).share_memory_()  # counted in all worker processes
 
     @property
@@ -43,13 +44,14 @@ class Items(Dataset[Item | None]):
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Item | None:
-        try:
-            return self.read(index)
-        except BadItemError:
-            if not self._skip_bad:
-                raise
-            self._skipped += 1
-            return None
+        for place in range(index, index + (len(self) if self._train else 1)):
+            try:
+                return self.read(place % len(self))
+            except BadItemError:
+                if not self._skip_bad:
+                    raise
+                self._skipped += 1
+        return None
 
 
 class ItemsModule(LightningDataModule):

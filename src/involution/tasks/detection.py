@@ -109,11 +109,12 @@ class Detection(Task):
 
     def predict_step(self, batch: Batch, index: int) -> list[dict[str, Tensor]]:
         """The detections of one batch."""
-        return self(batch[0])
+        return self(batch[0]) if batch[0] else []
 
     def _compare(self, stage: str, batch: Batch) -> None:
         images, targets = batch
-        self._precision(stage).update(self(images), targets)
+        if images:  # none, if all were bad and left out
+            self._precision(stage).update(self(images), targets)
 
     def _precision(self, stage: str) -> MeanAveragePrecision:
         return cast(MeanAveragePrecision, self.precisions[f"{stage}_precision"])
@@ -121,9 +122,9 @@ class Detection(Task):
     def _log(self, stage: str) -> None:
         precision = self._precision(stage)
         for name, value in precision.compute().items():
-            kind, _, plain = name.rpartition("segm_") if "segm_" in name else name.rpartition("bbox_")
+            plain = name.removeprefix("bbox_").removeprefix("segm_")
             if plain in _PRECISIONS and value >= 0:  # -1: there is no such object
-                label = ("mask_" if kind or "segm_" in name else "") + _PRECISIONS[plain]
+                label = ("mask_" if name.startswith("segm_") else "") + _PRECISIONS[plain]
                 self.log(f"{stage}/{label}", value, prog_bar=plain == "map_50", sync_dist=True)
         precision.reset()
 

@@ -120,11 +120,11 @@ class Segmentation(Task):
 
     def predict_step(self, batch: Batch, index: int) -> list[Tensor]:
         """The maps of one batch."""
-        return self(batch[0])
+        return self(batch[0]) if batch[0] else []
 
     def _compare(self, stage: str, batch: Batch) -> None:
         images, targets = batch
-        for found, target in zip(self(images), targets, strict=True):
+        for found, target in zip(self(images) if images else [], targets, strict=True):  # none, if all were left out
             self._share(stage).update(found, target["map"])
 
     def _share(self, stage: str) -> MulticlassJaccardIndex:
