@@ -62,10 +62,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         run()
     except ValueError as error:
-        _, bad, told = str(error).rpartition("BadItemError: ")  # a worker process sends its traceback along
-        if not bad and type(error).__name__ != "BadItemError":
+        if type(error).__name__ != "BadItemError":
             raise
-        return _refuse(told + " Leave such items out by --data.skip_bad true.")
+        told = str(error).rpartition("BadItemError: ")[2]  # a worker process sends its traceback along
+        return _refuse(told)
     return 0
 
 
@@ -130,10 +130,10 @@ _FUNCTIONS = {"bench": _bench, "convert": _convert, "table": _table}
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:
     """`args` with recipes as paths, the default one if there is none, and the name of the last."""
-    if "-h" in args or "--help" in args:
-        return args, _DEFAULT_RECIPE
     args = [part for word in args for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     places = [i + 1 for i, word in enumerate(args[:-1]) if word in ("-c", "--config")]
+    if not places and ("-h" in args or "--help" in args):
+        return args, _DEFAULT_RECIPE
     if not places:
         args, places = ["--config", _default(args), *args], [1]
     name = args[places[-1]].removesuffix(".yaml")

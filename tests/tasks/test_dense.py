@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 
 from involution.cli import main
+from involution.data.items import BadItemError
 from involution.tasks.detection import Detection
 from involution.tasks.segmentation import Segmentation
 from involution.tasks.task import learning_rate
@@ -52,6 +53,34 @@ def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
     for entry in found:
         assert set(entry) == {"image_id", "category_id", "bbox", "score", "segmentation"}
         assert 1 <= entry["category_id"] <= 10
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for images, told in (
+        (["nowhere"], "`images` must be paths of images or folders; there is no nowhere."),
+        (["empty"], "`images` must hold images; there is none in empty."),
+        (["photographs/odd.png", "photographs"], "`images` must differ in their names; got two of odd."),
+        (["broken.png"], "broken.png cannot be read as an image"),
+    ):
+        assert main(["predict", "--ckpt_path", checkpoint, "--images", *images]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_bad_item_ends_a_fit_with_one_line(capsys, monkeypatch):
+    def read(self, index):
+        raise BadItemError("scene 3 is bad.")
+
+    monkeypatch.setattr("involution.data.scenes.Scenes.__getitem__", read)
+    assert main(["fit", "--config", "scenes/semantic_fpn", *TINY]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "involution: scene 3 is bad."
+
+
+def test_the_help_is_that_of_the_task(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", "coco/retinanet", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model.frozen_stages FROZEN_STAGES stages of the backbone that are not trained" in text
+    assert "--data.skip_bad" in text
+    assert "--model.lr LR largest learning rate" in text
 
 
 def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys, monkeypatch):
@@ -76,6 +105,7 @@ def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys, monkeypatch
     ("args", "told"),
     [
         (["--task", "detecton"], "unknown task 'detecton'; did you mean 'detection'"),
+        (["--config", "junk.yaml"], "junk.yaml is no YAML file"),
         (["--dataset", "scene"], "unknown dataset 'scene'; did you mean 'scenes'"),
         (["--task", "detection"], "`dataset` digits has nothing for `task` detection; choose another."),
         (["--dataset", "scenes"], "`dataset` scenes has no classes of images; choose another."),
@@ -87,16 +117,11 @@ def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys, monkeypatch
         ),
     ],
 )
-def test_a_mistake_is_told_in_one_line(args, told, capsys):
+def test_a_mistake_is_told_in_one_line(args, told, capsys, tmp_path):
+    (tmp_path / "junk.yaml").write_text("a: [")
     assert main(["fit", *args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
-
-
-def test_images_that_cannot_be_predicted(tmp_path, capsys):
-    arguments = ["predict", "--config", "scenes/semantic_fpn", "--ckpt_path", "some.ckpt"]
-    assert main([*arguments, "--images", "nowhere"]) == 2
-    assert "there is no file some.ckpt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("c*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -27,6 +27,8 @@ class Items(Dataset[Item | None]):
         train: the next good item takes the place of one left out, so that all batches are full.
     """
 
+    hint = " Leave such items out by `--data.skip_bad true`."  # for the user, behind what is bad
+
     def __init__(self, skip_bad: bool, train: bool = False) -> None:
         self._skip_bad, self._train = skip_bad, train
         self._skipped = torch.zeros((), dtype=torch.long).share_memory_()  # counted in all worker processes
@@ -47,9 +49,9 @@ class Items(Dataset[Item | None]):
         for place in range(index, index + (len(self) if self._train else 1)):
             try:
                 return self.read(place % len(self))
-            except BadItemError:
+            except BadItemError as error:
                 if not self._skip_bad:
-                    raise
+                    raise BadItemError(f"{error}{self.hint}") from None
                 self._skipped += 1
         return None
 

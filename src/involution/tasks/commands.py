@@ -61,6 +61,7 @@ class Command(LightningCLI):
         if self._classes is None and not hasattr(data, "num_classes"):
             raise ValueError(f"`dataset` {self._dataset} has no classes of images; choose another.")
         self._checkpoint: dict[str, Any] | None = None
+        self._pictures: Any = None  # that --images names
         try:
             super().__init__(
                 task,
@@ -139,6 +140,12 @@ class Command(LightningCLI):
                 raise ValueError(f"`model.options.{name}` must be {wanted}, as in the data; got {value}.")
         if self._checkpoint is not None:
             self.model.on_load_checkpoint(self._checkpoint)
+        if self._command == "predict" and self.config["predict"]["images"]:
+            if self._classes is None:
+                raise ValueError("`images` are for detection and segmentation; leave it out.")
+            from involution.tasks.predict import Pictures
+
+            self._pictures = Pictures([Path(path) for path in self.config["predict"]["images"]])
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing yet: Lightning would run on construction, where mistakes of the user cannot be told from bugs."""
@@ -175,8 +182,7 @@ class Command(LightningCLI):
             return
         from involution.tasks import predict
 
-        settings = self.config["predict"]
-        pictures = predict.Pictures([Path(path) for path in settings["images"]]) if settings["images"] else None
+        settings, pictures = self.config["predict"], self._pictures
         labels = getattr(self.datamodule, self._classes)
         numbers = getattr(self.datamodule, "category_ids", range(1, len(labels) + 1))
         folder = _free(Path(settings["folder"]) / "predictions")
@@ -194,7 +200,10 @@ def _kinds(args: Sequence[str]) -> tuple[str, str]:
     for word, value in zip(args, [*args[1:], ""], strict=True):
         name, given, text = word.partition("=")
         if name in ("-c", "--config"):
-            content = yaml.safe_load(Path(text or value).read_text())
+            try:
+                content = yaml.safe_load(Path(text or value).read_text())
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"{text or value} is no YAML file: {error}") from error
             chosen |= {key: str(content[key]) for key in chosen if isinstance(content, dict) and key in content}
         elif name.removeprefix("--") in chosen and name.startswith("--"):
             chosen[name.removeprefix("--")] = text if given else value

@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from involution.data.items import BadItemError, Batch, Item, Items, lists, open_image
+from involution.data.items import Batch, Item, Items, lists, open_image
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _ALPHA = 0.5  # of what is drawn over an image
@@ -37,6 +37,8 @@ class Pictures(Items):
         ValueError: if a path does not exist, or there is no image.
     """
 
+    hint = ""
+
     def __init__(self, paths: Sequence[Path]) -> None:
         super().__init__(skip_bad=False)
         self.files: list[Path] = []
@@ -50,11 +52,6 @@ class Pictures(Items):
         self.names = [file.stem for file in self.files]
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"`images` must differ in their names; got two of {_twice(self.names)}.")
-        for file in self.files:
-            try:
-                open_image(file)
-            except BadItemError as error:
-                raise ValueError(str(error)) from None
 
     def __len__(self) -> int:
         return len(self.files)
