@@ -113,7 +113,7 @@ def test_a_retinanet_has_its_anchors_and_labels_from_one() -> None:
 
 
 def test_frozen_parts_stay_as_they_are() -> None:
-    stages = Stages(build("rednet26", SMALL), frozen_stages=1, norm_eval=True).train()
+    stages = Stages(build("rednet26", SMALL), frozen_stages=1, norm_eval=True)
     state = {key: value.clone() for key, value in stages.state_dict().items()}
     maps = stages(torch.rand(2, 3, 64, 64))
     sum(each.square().mean() for each in maps).backward()
@@ -124,7 +124,7 @@ def test_frozen_parts_stay_as_they_are() -> None:
     changed = {key for key, value in stages.state_dict().items() if not torch.equal(value, state[key])}
     assert changed
     assert not any(key.startswith(("body.stem", "body.layer1")) or "running" in key for key in changed)
-    moving = Stages(build("rednet26", SMALL), frozen_stages=1).train()
+    moving = Stages(build("rednet26", SMALL), frozen_stages=1).eval().train()
     before = {key: value.clone() for key, value in moving.state_dict().items() if "running_mean" in key}
     moving(torch.rand(2, 3, 64, 64))
     still = {key for key, value in before.items() if torch.equal(value, moving.state_dict()[key])}

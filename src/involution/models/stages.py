@@ -85,6 +85,7 @@ class Stages(nn.Module):
         self._frozen = [child for _, child in children[:end]]
         for child in self._frozen:
             child.requires_grad_(False)
+        self.train()  # Lightning does not call it, and keeps the modes it finds
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but what is frozen."""
