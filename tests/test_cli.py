@@ -64,7 +64,7 @@ def test_the_help_of_a_command_explains_its_settings(capsys):
     ("args", "told"),
     [
         (["fitt"], "unknown command 'fitt'; did you mean 'fit'?"),
-        (["fit", "--config", "digit"], "unknown recipe 'digit'; did you mean 'digits'? There is: digits."),
+        (["fit", "--config", "digit"], "unknown recipe 'digit'; did you mean 'digits'? `involution --help` lists all"),
         (["fit", "--config=nowhere/mine.yaml"], "unknown recipe 'nowhere/mine.yaml'."),
         (["fit", "--model.archh", "x"], "unknown setting 'model.archh'; did you mean 'model.arch'?"),
         (["fit", "--model.lr", "fast"], '"model.lr": Expected'),

@@ -160,7 +160,9 @@ def _recipe(name: str) -> Path:
         return packaged[name.removesuffix(".yaml")]
     if Path(name).is_file():
         return Path(name)
-    raise ValueError(unknown("recipe", name, packaged) + " A recipe of your own is given by the path of its file.")
+    raise ValueError(
+        unknown("recipe", name, packaged) + " `involution --help` lists all; one of your own is given by its path."
+    )
 
 
 def _recipes() -> dict[str, Path]:
