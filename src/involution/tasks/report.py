@@ -83,7 +83,7 @@ def draw_curves(metrics: Mapping[str, Path], measure: str, picture: Path) -> Non
             for stage, style in (("train", "--"), ("validation", "-")):
                 epochs, values = _column(path, f"{stage}/{quantity}")
                 if epochs:  # a detector has no loss but in training, and is not measured there
-                    axes.plot(epochs, values, style, color=f"C{colour}", label=f"{name}, {stage}")
+                    axes.plot(epochs, values, style, marker=".", color=f"C{colour}", label=f"{name}, {stage}")
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend()
