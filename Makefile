@@ -52,12 +52,15 @@ bench-gpu: setup ## On a machine with a GPU: test the programs, then time them i
 	$(BIN)/involution bench gpu --out benchmarks
 	$(BIN)/involution bench readme
 
-bench-scenes: setup $(addprefix benchmarks/scenes/,faster_rcnn.csv mask_rcnn.csv semantic_fpn.csv detr.csv) ## Train every recipe on scenes of digits, with its mirror, into benchmarks/scenes
+SCENES := faster_rcnn mask_rcnn semantic_fpn detr
 
-benchmarks/scenes/%.csv: src/involution/recipes/scenes/%.yaml
-	rm -rf build/scenes/$*
-	$(BIN)/involution compare --config scenes/$* --folder build/scenes/$*
-	mkdir -p $(@D) && cp build/scenes/$*/results.csv $@
+bench-scenes: setup ## Train the recipes SCENES on scenes of digits, each with its mirror, into benchmarks/scenes
+	mkdir -p benchmarks/scenes
+	set -e; for recipe in $(SCENES); do \
+		rm -rf build/scenes/$$recipe; \
+		$(BIN)/involution compare --config scenes/$$recipe --folder build/scenes/$$recipe; \
+		cp build/scenes/$$recipe/results.csv benchmarks/scenes/$$recipe.csv; \
+	done
 
 arm64: ## Compile the library for arm64, without running it
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then compiler=aarch64-linux-gnu-g++; \
