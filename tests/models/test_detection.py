@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import box_iou
 
 from involution import Involution2d
 from involution.models.detection import detector
@@ -92,6 +93,29 @@ def test_an_object_is_learned_by_heart(name: str) -> None:
     with torch.no_grad():
         (found,) = model.eval()([image])
     assert found["labels"][found["scores"].argmax()] == 2
+
+
+@pytest.mark.slow
+def test_detr_places_boxes_in_images_of_different_sizes() -> None:
+    model = make("detr").train()
+    images, targets = [], []
+    for width, box, label in ((64, [20, 10, 50, 40], 2), (96, [60, 30, 90, 60], 1)):
+        image = torch.rand(3, 64, width) * 0.2
+        image[:, box[1] : box[3], box[0] : box[2]] += 0.7
+        images.append(image)
+        targets.append({"boxes": torch.tensor([box]).float(), "labels": torch.tensor([label])})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        loss = model(images, targets)["detr"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        for found, target in zip(model.eval()(images), targets, strict=True):
+            best = found["scores"].argmax()
+            assert found["labels"][best] == target["labels"][0]
+            assert box_iou(found["boxes"][best][None], target["boxes"]) > 0.8
 
 
 def test_where_involutions_sit() -> None:
