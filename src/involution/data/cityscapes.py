@@ -10,9 +10,8 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes as Published
 from torchvision.transforms import v2
 
-from involution.data.items import BadItemError, Item, Items, ItemsModule, open_image
+from involution.data.items import UNLABELLED, BadItemError, Item, Items, ItemsModule, open_image
 
-UNLABELLED = 255
 _CROP = (512, 1024)  # height and width
 _SCALES = (0.5, 2.0)
 _TRIALS, _SHARE = 10, 0.75  # crops tried until no class fills more than this share

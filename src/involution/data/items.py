@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 Item = tuple[Tensor, dict[str, Tensor]]
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
+UNLABELLED = 255  # of a pixel of a map that counts neither in training nor in measures
+
 
 class BadItemError(ValueError):
     """An item of a data set that cannot be used: one sentence with its file."""

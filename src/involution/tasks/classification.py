@@ -64,13 +64,9 @@ class Classification(Task):
         """The loss of one batch."""
         return self._step("train", batch)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+    def measure(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         """Loss and accuracy of one batch, logged."""
-        self._step("validation", batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Loss and accuracy of one batch, logged."""
-        self._step("test", batch)
+        self._step(stage, batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The likeliest class of each image, (B,)."""

@@ -91,27 +91,12 @@ class Detection(Task):
             self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, **how)
         return total
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        """Compare the detections of one batch with its targets."""
-        self._compare("validation", batch)
-
-    def test_step(self, batch: Batch, index: int) -> None:
-        """Compare the detections of one batch with its targets."""
-        self._compare("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the average precisions."""
-        self._log("validation")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the average precisions."""
-        self._log("test")
-
     def predict_step(self, batch: Batch, index: int) -> list[dict[str, Tensor]]:
         """The detections of one batch."""
         return self(batch[0]) if batch[0] else []
 
-    def _compare(self, stage: str, batch: Batch) -> None:
+    def measure(self, stage: str, batch: Batch) -> None:
+        """Compare the detections of one batch with its targets."""
         images, targets = batch
         if images:  # none, if all were bad and left out
             self._precision(stage).update(self(images), targets)
@@ -119,7 +104,8 @@ class Detection(Task):
     def _precision(self, stage: str) -> MeanAveragePrecision:
         return cast(MeanAveragePrecision, self.precisions[f"{stage}_precision"])
 
-    def _log(self, stage: str) -> None:
+    def conclude(self, stage: str) -> None:
+        """Log the average precisions."""
         precision = self._precision(stage)
         for name, value in precision.compute().items():
             plain = name.removeprefix("bbox_").removeprefix("segm_")

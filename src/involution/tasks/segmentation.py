@@ -11,12 +11,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from involution.data.items import Batch
+from involution.data.items import UNLABELLED, Batch
 from involution.models.segmentation import segmentor as build_segmentor
 from involution.models.stages import Layer, Stages, build
 from involution.tasks.task import Task
 
-UNLABELLED = 255  # of a pixel that counts neither in training nor in measures
 _AUXILIARY = 0.4  # weight of the auxiliary head's loss
 
 
@@ -101,28 +100,12 @@ class Segmentation(Task):
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        """Compare the maps of one batch with its targets."""
-        self._compare("validation", batch)
-
-    def test_step(self, batch: Batch, index: int) -> None:
-        """Compare the maps of one batch with its targets."""
-        self._compare("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean intersection over union."""
-        self._log("validation")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the intersection over union of every class, and its mean."""
-        for name, value in zip(self.classes, self._log("test"), strict=True):
-            self.log(f"test/IoU/{name}", value, sync_dist=True)
-
     def predict_step(self, batch: Batch, index: int) -> list[Tensor]:
         """The maps of one batch."""
         return self(batch[0]) if batch[0] else []
 
-    def _compare(self, stage: str, batch: Batch) -> None:
+    def measure(self, stage: str, batch: Batch) -> None:
+        """Compare the maps of one batch with its targets."""
         images, targets = batch
         for found, target in zip(self(images) if images else [], targets, strict=True):  # none, if all were left out
             self._share(stage).update(found, target["map"])
@@ -130,13 +113,15 @@ class Segmentation(Task):
     def _share(self, stage: str) -> MulticlassJaccardIndex:
         return cast(MulticlassJaccardIndex, self.shares[f"{stage}_iou"])
 
-    def _log(self, stage: str) -> Tensor:
+    def conclude(self, stage: str) -> None:
+        """Log the mean intersection over union, and in a test that of every class."""
         measure = self._share(stage)
         shares: Tensor = measure.compute()
         seen = measure.confmat.sum(1) > 0  # a class that no image shows has no share
         self.log(f"{stage}/mIoU", shares[seen].mean(), prog_bar=True, sync_dist=True)
+        for name, value in zip(self.classes, shares, strict=True) if stage == "test" else ():
+            self.log(f"test/IoU/{name}", value, sync_dist=True)
         measure.reset()
-        return shares
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:

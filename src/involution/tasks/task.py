@@ -84,6 +84,29 @@ class Task(LightningModule):
         """Log the learning rate."""
         self.log("lr", self.lr_schedulers().get_last_lr()[0])
 
+    def measure(self, stage: str, batch: Any) -> None:
+        """Compare what the network finds in a batch with its targets; `stage` is "validation" or "test"."""
+        raise NotImplementedError
+
+    def conclude(self, stage: str) -> None:
+        """Log what was measured in a stage, unless each batch did so."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        """Measure one batch."""
+        self.measure("validation", batch)
+
+    def test_step(self, batch: Any, index: int) -> None:
+        """Measure one batch."""
+        self.measure("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures."""
+        self.conclude("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures."""
+        self.conclude("test")
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and its schedule over all steps of the run."""
         settings = self.hparams
