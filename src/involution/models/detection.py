@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from involution.models.pyramid import P6P7, Pyramid
+from involution.models.regions import Anchors, RoIAlign
 from involution.models.stages import Layer, Stages, involve
 from involution.names import unknown
 
@@ -25,48 +24,8 @@ Targets = list[dict[str, Tensor]]
 
 _CLASSES = {"retinanet": RetinaNet, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}
 _NAMES = tuple(_CLASSES)
-_RATIOS = (0.5, 1.0, 2.0)
-_BOX, _ROI = 7, 14  # sides of what is pooled for a box and for a mask
-
-
-class Pyramid(nn.Module):
-    """A feature pyramid over the last stages of a network; torchvision's, with involutions for 3x3 convolutions.
-
-    The 1x1 convolutions beside it and `extra`, the levels above the last stage, stay convolutions.
-
-    Args:
-        stages: the backbone.
-        layer: of the outputs, "convolution" (3x3) or "involution" (7x7).
-        channels: of every output.
-        first: the finest stage used, 0 to 3.
-        extra: makes further levels, as torchvision's pyramid takes it.
-
-    Attributes:
-        out_channels: `channels`, where torchvision's detectors look for them.
-
-    Shapes: (B, in_chans, H, W) -> {"0": (B, channels, H', W'), ...}, the finest first.
-
-    Source: Lin et al., CVPR 2017; Li et al., CVPR 2021, section 5.2.
-    """
-
-    def __init__(
-        self,
-        stages: Stages,
-        layer: Layer = "convolution",
-        channels: int = 256,
-        first: int = 0,
-        extra: ExtraFPNBlock | None = None,
-    ) -> None:
-        super().__init__()
-        self.stages, self.out_channels, self._first = stages, channels, first
-        self.fpn = FeaturePyramidNetwork(stages.channels[first:], channels, extra)
-        involve(self.fpn.layer_blocks, layer, "neck")
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The levels of the pyramid."""
-        maps = self.stages(x)[self._first :]
-        levels: dict[str, Tensor] = self.fpn(OrderedDict((str(index), each) for index, each in enumerate(maps)))
-        return levels
+_STRIDES = (4, 8, 16, 32, 64, 128)  # of levels P2 to P7
+_BOX, _MASK = 7, 14  # sides of what is read for a box and for a mask
 
 
 class _BoxPredictor(FastRCNNPredictor):
@@ -150,17 +109,16 @@ def detector(
     if name == "retinanet":
         if head != "convolution":
             raise ValueError(f"`head` must be 'convolution' for a RetinaNet, which has no other; got {head!r}.")
-        # P6 from the last stage, as in the paper
-        top = LastLevelP6P7(stages.channels[-1], channels)
-        pyramid = Pyramid(stages, neck, channels, first=1, extra=top)
+        pyramid = Pyramid(stages, neck, channels, first=1, extra=P6P7(stages.channels[-1], channels))
         scales = [anchor_scale / 2 * 2 ** (third / 3) for third in range(3)]  # its octave begins at 4, for 8 elsewhere
-        anchors = _anchors(scales, strides=(8, 16, 32, 64, 128))
+        anchors = Anchors(scales, _STRIDES[1:])
         per_place = anchors.num_anchors_per_location()[0]
         classifier = RetinaNetHead(channels, per_place, num_classes)
         return _RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=classifier, **settings)
     pyramid = Pyramid(stages, neck, channels, extra=LastLevelMaxPool())
     parts: dict[str, Any] = {
-        "rpn_anchor_generator": _anchors([anchor_scale], strides=(4, 8, 16, 32, 64)),
+        "rpn_anchor_generator": Anchors([anchor_scale], _STRIDES[:-1]),
+        "box_roi_pool": RoIAlign(_BOX, _STRIDES[:4]),
         "box_head": TwoMLPHead(channels * _BOX**2, box_channels),
         "box_predictor": _BoxPredictor(box_channels, num_classes),
     }
@@ -169,6 +127,7 @@ def detector(
     else:
         masks = MaskRCNNHeads(channels, (channels,) * 4, dilation=1)
         parts |= {"mask_head": involve(masks, head, "head"), "mask_predictor": _MaskPredictor(channels, num_classes)}
+        parts["mask_roi_pool"] = RoIAlign(_MASK, _STRIDES[:4])
         model = MaskRCNN(pyramid, **parts, **settings)
     involve(model.rpn.head.conv, head, "head")
     return model
@@ -181,8 +140,3 @@ def _settings(kind: type[nn.Module]) -> set[str]:
         if issubclass(each, (RetinaNet, FasterRCNN, GeneralizedRCNNTransform)):
             parameters |= inspect.signature(each).parameters.keys()
     return parameters - {"backbone", "num_classes", "kwargs"}
-
-
-def _anchors(scales: list[float], strides: tuple[int, ...]) -> AnchorGenerator:
-    sizes = tuple(tuple(scale * stride for scale in scales) for stride in strides)
-    return AnchorGenerator(sizes, (_RATIOS,) * len(sizes))

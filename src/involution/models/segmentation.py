@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.models.detection import Pyramid
+from involution.models.pyramid import Pyramid
 from involution.models.stages import Layer, Stages, involve
 from involution.names import unknown
 
