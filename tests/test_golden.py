@@ -12,8 +12,9 @@ from torch import Tensor
 
 import involution.models  # noqa: F401  # registers the RedNets with timm
 from involution import Involution2d
+from involution.models.official import to_official
 from involution.models.rednet import RedNet, checkpoint_filter_fn
-from involution.weights import load_official, to_official
+from involution.weights import load_official
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = sorted(GOLDEN.glob("module_*.safetensors"))

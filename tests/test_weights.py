@@ -8,8 +8,10 @@ import timm
 import torch
 
 import involution.models  # noqa: F401  # registers the RedNets with timm
+from involution.models.official import to_official
 from involution.models.rednet import RedNet, checkpoint_filter_fn
-from involution.weights import load_official, mismatch, read, rednet_of, to_official
+from involution.recognition import rednet_of
+from involution.weights import load_official, mismatch, read
 
 GOLDEN = Path(__file__).parent / "golden"
 CLS, DET = GOLDEN / "rednet26_slim_cls.pth", GOLDEN / "rednet26_slim_det.pth"

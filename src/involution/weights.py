@@ -1,32 +1,34 @@
-"""Checkpoints of the official code: read them safely, load them into our RedNets, and write ours under their names."""
+"""Checkpoints of the official code: read them safely, and load them into our networks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 from os import PathLike
+from typing import TypeVar
 
-import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from involution.models.rednet import BLOCKS, OFFICIAL_NAMES, RedNet, checkpoint_filter_fn
+from involution.models import official
+from involution.models.rednet import RedNet
+
+Value = TypeVar("Value")
 
 _SHOWN = 3
+_STEM = "stem.conv1.weight"  # found in every RedNet, wherever it sits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)  # int64: batches counted by norms
-_INVOLUTIONS = ("layer1.0.conv2", "stem.conv2")  # the first of the blocks, and that of the stem
 
 
-def load_official(path: str | PathLike[str], model: RedNet) -> None:
+def load_official(path: str | PathLike[str], model: nn.Module) -> None:
     """Load a checkpoint of the official classification, detection or segmentation code into `model`.
 
-    Every entry of the backbone and the classifier is loaded; the necks and heads of detection and segmentation, which
-    a RedNet does not have, are left alone. A model without classifier (`num_classes=0`) leaves the checkpoint's
-    classifier alone too.
+    A RedNet takes the backbone and the classifier, and leaves the necks and heads of detection and segmentation alone;
+    without classifier (`num_classes=0`) it leaves the checkpoint's classifier alone too. A detector of
+    `involution.models.detection` or segmentor of `involution.models.segmentation` takes everything.
 
     Args:
         path: the file, as the official training wrote it.
-        model: a RedNet of the same depth and widths, whose parameters and buffers are overwritten.
+        model: a RedNet, or what is built on one, of the same depth and widths; its weights are overwritten.
 
     Raises:
         ValueError: if the file cannot be read safely, or is the checkpoint of another model; `model` is then unchanged.
@@ -35,76 +37,35 @@ def load_official(path: str | PathLike[str], model: RedNet) -> None:
         model = timm.create_model("rednet50", stem_kernel=7, num_classes=0)
         load_official("rednet50.pth", model)
     """
-    _load(checkpoint_filter_fn(read(path)), str(path), model)
+    fill(model, read(path), path)
 
 
-def _load(given: dict[str, Tensor], path: str, model: RedNet) -> None:
-    expected = model.state_dict()
-    if model.num_classes == 0:
-        given = {key: value for key, value in given.items() if not key.startswith("fc.")}
+def renamed(given: Mapping[str, Value], model: nn.Module) -> dict[str, Value]:
+    """What `read` gave, under the names of `model`; a RedNet has none for necks and heads, and they are left out.
+
+    Raises:
+        ValueError: if `model` is no RedNet, and holds none.
+    """
+    if isinstance(model, RedNet):
+        ours = official.backbone(given)
+        return ours if model.num_classes else {key: each for key, each in ours.items() if not key.startswith("fc.")}
+    for name in model.state_dict():
+        if name.endswith(_STEM):
+            return official.whole(given, name.removesuffix(_STEM))
+    raise ValueError(f"`model` must be a RedNet, or hold one; got a {type(model).__name__}.")
+
+
+def fill(model: nn.Module, given: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
+    """Load what `read` gave into `model`; see `load_official`. `path` is where it was read, for errors."""
+    expected, given = model.state_dict(), renamed(given, model)
     problem = mismatch(expected, given)
     if problem:
         raise ValueError(f"{path} does not fit the model: {problem}.{_repair(expected, given)}")
     broken = [key for key, value in given.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(f"{path} holds values that are not finite, in {len(broken)} entries ({_some(broken)}).")
-    model.load_state_dict(given)
-
-
-def rednet_of(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> RedNet:
-    """The RedNet of an official state dict, with its weights: depth, widths, kernel sizes, classes told from shapes.
-
-    Args:
-        state_dict: what `read` gives.
-        path: where it was read, for errors.
-
-    Raises:
-        ValueError: if no RedNet has its blocks or shapes.
-    """
-    state = checkpoint_filter_fn(dict(state_dict))
-    blocks = {key.rsplit(".", 2)[0] for key in state if key.endswith(".conv3.weight") and key.startswith("layer")}
-    layers = tuple(sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4))
-    depths = [depth for depth, of in BLOCKS.items() if of == layers]
-    if not depths:
-        known = ", ".join(f"{depth} {of}" for depth, of in BLOCKS.items())
-        raise ValueError(f"{path} has {layers} blocks in its stages, which no RedNet has. There is: {known}.")
-    axes = {"layer1.0.conv1.weight": 4, "stem.conv3.weight": 4}
-    for place in _INVOLUTIONS:
-        axes |= {f"{place}.generator.span.bias": 1, f"{place}.generator.reduce.weight": 4}
-    missing = [key for key in axes if key not in state]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} entries that every RedNet has ({_some(missing)}).")
-    if "fc.weight" in state:
-        axes["fc.weight"] = 2
-    for key, dimensions in axes.items():
-        shape = tuple(state[key].shape)
-        if len(shape) != dimensions or 0 in shape:
-            raise ValueError(f"{path} is of no RedNet: {key} must have {dimensions} axes, none empty; it is {shape}.")
-    settings = {
-        "num_classes": len(state["fc.weight"]) if "fc.weight" in state else 0,
-        "base_width": len(state["layer1.0.conv1.weight"]),
-        "stem_width": len(state["stem.conv3.weight"]),
-    }
-    for setting, place in zip(("kernel_size", "stem_kernel"), _INVOLUTIONS, strict=True):
-        bias, reduce = (state[f"{place}.generator.{part}"] for part in ("span.bias", "reduce.weight"))
-        settings[setting] = isqrt(4 * len(bias) // len(reduce))  # 16 channels a group, reduced by 4
-    try:
-        model: RedNet = timm.create_model(f"rednet{depths[0]}", **settings)
-    except ValueError as error:
-        told = ", ".join(f"{name} {value}" for name, value in settings.items())
-        raise ValueError(f"{path} is of no RedNet: its shapes tell {told}, and {error}") from error
-    _load(state, str(path), model)
-    return model
-
-
-def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a RedNet under the names of the official classification code, in its order."""
-    renamed = {}
-    for key, value in state_dict.items():
-        for official, ours in OFFICIAL_NAMES:
-            key = key.replace(ours, official)
-        renamed[("head." if key.startswith("fc.") else "backbone.") + key] = value
-    return renamed
+        raise ValueError(f"{path} holds values that are not finite, in {len(broken)} entries ({some(broken)}).")
+    last = {key: value.roll(1, 0) for key, value in given.items() if key.startswith(official.BACKGROUND_LAST)}
+    model.load_state_dict({**given, **last})
 
 
 def read(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -127,7 +88,7 @@ def read(path: str | PathLike[str]) -> dict[str, Tensor]:
     if strange:
         value = state[strange[0]]
         raise ValueError(
-            f"{path} holds values that are not dense or not real, in {len(strange)} entries ({_some(strange)}): the "
+            f"{path} holds values that are not dense or not real, in {len(strange)} entries ({some(strange)}): the "
             f"first has layout {value.layout} and dtype {value.dtype}."
         )
     return state
@@ -149,15 +110,16 @@ def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str
     ]
     parts = []
     if missing:
-        parts.append(f"{len(missing)} of {len(expected)} entries missing ({_some(missing)})")
+        parts.append(f"{len(missing)} of {len(expected)} entries missing ({some(missing)})")
     if unknown:
-        parts.append(f"{len(unknown)} unknown ({_some(unknown)})")
+        parts.append(f"{len(unknown)} unknown ({some(unknown)})")
     if misshapen:
-        parts.append(f"{len(misshapen)} of another shape ({_some(misshapen)})")
+        parts.append(f"{len(misshapen)} of another shape ({some(misshapen)})")
     return "; ".join(parts)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, in a sentence."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 

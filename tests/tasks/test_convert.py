@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 import involution.models  # noqa: F401  # registers the RedNets with timm
 from involution.cli import main
-from involution.weights import read, rednet_of, to_official
+from involution.models.official import to_official
+from involution.recognition import rednet_of
+from involution.weights import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLS, DET = GOLDEN / "rednet26_slim_cls.pth", GOLDEN / "rednet26_slim_det.pth"
@@ -72,7 +74,7 @@ def test_accuracy_of_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ([str(CLS), "out.bin"], "`out` must end in .safetensors, or be a folder; got out.bin."),
+        ([str(CLS), "out.bin"], "`out` must end in .safetensors, .ckpt, or be a folder; got out.bin."),
         ([str(EXPECTED), "out"], "cannot be read safely: it is no torch checkpoint"),
         (["nowhere.pth", "out"], "No such file or directory: 'nowhere.pth'"),
         (

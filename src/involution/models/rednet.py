@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,13 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from involution.models.official import backbone
 from involution.nn import Involution2d
 from involution.pointwise import PointwiseConv2d, fold_norms
 
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
-Value = TypeVar("Value")
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
@@ -391,35 +391,9 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# (official, ours): the pieces in which the official code's names of parameters differ from ours
-OFFICIAL_NAMES = (
-    ("stem.0.conv.", "stem.conv1."),
-    ("stem.0.bn.", "stem.bn1."),
-    ("stem.1.", "stem.conv2."),
-    ("stem.2.", "stem.bn2."),
-    ("stem.4.conv.", "stem.conv3."),
-    ("stem.4.bn.", "stem.bn3."),
-    (".conv1.conv.", ".generator.reduce."),
-    (".conv1.bn.", ".generator.norm."),
-    (".conv2.conv.", ".generator.span."),
-)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Value], model: nn.Module | None = None) -> dict[str, Value]:
-    """The backbone and classifier of an official state dict under our names; one of ours stays as it is.
-
-    What detection and segmentation put around the backbone, such as `neck.*` and `decode_head.*`, is left out.
-    """
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {key: value for key, value in state_dict.items() if key.startswith(("backbone.", "head.fc."))}
-    renamed = {}
-    for key, value in state_dict.items():
-        key = key.removeprefix("backbone.").removeprefix("head.")
-        for official, ours in OFFICIAL_NAMES:
-            key = key.replace(official, ours)
-        renamed[key] = value
-    return renamed
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """What timm calls before it loads pretrained weights, so that official ones fit; ours stay as they are."""
+    return backbone(state_dict)
 
 
 def _cfg() -> dict[str, Any]:

@@ -130,6 +130,8 @@ class Command(LightningCLI):
             raise ValueError(f"`ckpt_path` {path} cannot be read as a checkpoint: {error}") from error
         if "pytorch-lightning_version" not in checkpoint or "state_dict" not in checkpoint:
             raise ValueError(f"`ckpt_path` must be a checkpoint that a fit has written; {path} is none.")
+        if self._command == "fit" and "optimizer_states" not in checkpoint:
+            raise ValueError(f"`ckpt_path` must be a checkpoint that a fit has written; {path} holds weights alone.")
         self._checkpoint = checkpoint
 
     def after_instantiate_classes(self) -> None:

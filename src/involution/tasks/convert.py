@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import lightning
 import torch
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
@@ -20,20 +21,23 @@ from tqdm import tqdm
 from involution.analysis.table import markdown
 from involution.cost import parameters
 from involution.models import RedNet
-from involution.models.rednet import checkpoint_filter_fn
-from involution.weights import read, rednet_of
+from involution.recognition import network_of, rednet_of
+from involution.weights import read, renamed
+
+_KINDS = (".safetensors", ".ckpt", "")
 
 
 def convert(official: Path, out: Path, evaluate: Path | None = None, batch_size: int = 64, workers: int = 2) -> None:
     """Turn a checkpoint of the official code into safetensors under our names; nothing in the file is executed.
 
-    Depth, widths, kernel sizes and classes are told from the shapes. What detectors and segmentors have around the
-    backbone is left out, and counted.
+    Depth, widths, kernel sizes and classes are told from the names and shapes.
 
     Args:
         official: the checkpoint, as the official classification, detection or segmentation code wrote it.
         out: a file that ends in .safetensors, which `timm.create_model(..., checkpoint_path=...)` loads; or a folder,
-            for model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER")` loads.
+            for model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER")` loads; what detectors
+            and segmentors have around the backbone is then left out, and counted. Or a file that ends in .ckpt, for
+            the whole network, which `involution test` and `involution predict` take as --ckpt_path.
         evaluate: a folder of images, in one folder for each class in the order of the classifier, such as ImageNet's
             validation set; prints top-1 and top-5 accuracy, images resized to 256 pixels and cropped to 224.
         batch_size: images at a time, for `evaluate`.
@@ -42,9 +46,11 @@ def convert(official: Path, out: Path, evaluate: Path | None = None, batch_size:
     Raises:
         ValueError: if a file does not fit.
     """
-    to_file = out.suffix == ".safetensors"
-    if out.suffix and not to_file and not out.is_dir():
-        raise ValueError(f"`out` must end in .safetensors, or be a folder; got {out}.")
+    kind = "" if out.is_dir() else out.suffix
+    if kind not in _KINDS:
+        raise ValueError(f"`out` must end in {', '.join(filter(None, _KINDS))}, or be a folder; got {out}.")
+    if evaluate and kind == ".ckpt":
+        raise ValueError(f"`evaluate` measures a classifier; give an `out` that ends in .safetensors, not {out}.")
     images = ImageFolder(evaluate) if evaluate else None
     given = read(official)
     model = rednet_of(given, official)
@@ -55,21 +61,25 @@ def convert(official: Path, out: Path, evaluate: Path | None = None, batch_size:
             f"`evaluate` must hold a folder for each of the {model.num_classes} classes of the checkpoint; {evaluate} "
             f"has {len(images.classes)}."
         )
-    if to_file:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    told, network = network_of(given, official) if kind == ".ckpt" else ("", model)
+    if kind == ".ckpt":
+        weights = {f"net.{key}": value for key, value in network.state_dict().items()}
+        torch.save({"state_dict": weights, "pytorch-lightning_version": lightning.__version__}, out)
+    elif kind == ".safetensors":
         save_file(model.state_dict(), out)
     else:
         save_for_hf(model, str(out), safe_serialization=True)
-    print(_mapping(given, model))
-    print(f"\n{official.name}: {parameters(model):,} parameters, written to {out}")
+    print(_mapping(given, network))
+    print(f"\n{official.name}: {told and told + ', '}{parameters(network):,} parameters, written to {out}")
     if images:
         print(_accuracy(model, images, batch_size, workers))
 
 
-def _mapping(given: Mapping[str, Tensor], model: RedNet) -> str:
+def _mapping(given: Mapping[str, Tensor], network: nn.Module) -> str:
     """A table of how many entries of each part of the checkpoint went where, with the first of each."""
-    state = model.state_dict()
-    ours = {official: name for name, official in checkpoint_filter_fn({key: key for key in given}).items()}
+    state = network.state_dict()
+    ours = {theirs: name for name, theirs in renamed({key: key for key in given}, network).items()}
     counts, examples, targets = Counter[str](), dict[str, str](), dict[str, str]()
     for key in given:
         plain, name = key.removeprefix("module."), ours.get(key, "")
