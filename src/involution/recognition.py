@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Literal
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from involution.models import official
@@ -34,7 +35,7 @@ def rednet_of(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> Re
     """The RedNet of an official state dict, with its weights: depth, widths, kernel sizes, classes told from shapes.
 
     Args:
-        state_dict: what `read` gives.
+        state_dict: what `read` gives; the network takes these tensors themselves, where the dtype is right.
         path: where it was read, for errors.
 
     Raises:
@@ -68,7 +69,8 @@ def rednet_of(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> Re
         bias, reduce = (state[f"{place}.generator.{part}"] for part in ("span.bias", "reduce.weight"))
         settings[setting] = isqrt(4 * len(bias) // len(reduce))  # 16 channels a group, reduced by 4
     try:
-        model: RedNet = timm.create_model(f"rednet{depths[0]}", **settings)
+        with torch.device("meta"):  # what initial weights cost in time and memory would be for nothing
+            model: RedNet = timm.create_model(f"rednet{depths[0]}", **settings)
     except ValueError as error:
         told = ", ".join(f"{name} {value}" for name, value in settings.items())
         raise ValueError(f"{path} is of no RedNet: its shapes tell {told}, and {error}") from error

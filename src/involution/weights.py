@@ -56,7 +56,10 @@ def renamed(given: Mapping[str, Value], model: nn.Module) -> dict[str, Value]:
 
 
 def fill(model: nn.Module, given: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
-    """Load what `read` gave into `model`; see `load_official`. `path` is where it was read, for errors."""
+    """Load what `read` gave into `model`; see `load_official`. `path` is where it was read, for errors.
+
+    A model on the meta device takes the tensors themselves.
+    """
     expected, given = model.state_dict(), renamed(given, model)
     problem = mismatch(expected, given)
     if problem:
@@ -64,8 +67,9 @@ def fill(model: nn.Module, given: Mapping[str, Tensor], path: str | PathLike[str
     broken = [key for key, value in given.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(f"{path} holds values that are not finite, in {len(broken)} entries ({some(broken)}).")
-    last = {key: value.roll(1, 0) for key, value in given.items() if key.startswith(official.BACKGROUND_LAST)}
-    model.load_state_dict({**given, **last})
+    ours = {key: value.to(expected[key].dtype) for key, value in given.items()}
+    ours |= {key: value.roll(1, 0) for key, value in ours.items() if key.startswith(official.BACKGROUND_LAST)}
+    model.load_state_dict(ours, assign=all(value.is_meta for value in expected.values()))
 
 
 def read(path: str | PathLike[str]) -> dict[str, Tensor]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
-import lightning
 import torch
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
@@ -65,7 +64,7 @@ def convert(official: Path, out: Path, evaluate: Path | None = None, batch_size:
     told, network = network_of(given, official) if kind == ".ckpt" else ("", model)
     if kind == ".ckpt":
         weights = {f"net.{key}": value for key, value in network.state_dict().items()}
-        torch.save({"state_dict": weights, "pytorch-lightning_version": lightning.__version__}, out)
+        torch.save({"state_dict": weights, "pytorch-lightning_version": version("lightning")}, out)
     elif kind == ".safetensors":
         save_file(model.state_dict(), out)
     else:
@@ -93,6 +92,8 @@ def _mapping(given: Mapping[str, Tensor], network: nn.Module) -> str:
 
 
 def _accuracy(model: RedNet, images: ImageFolder, batch_size: int, workers: int) -> str:
+    from torchmetrics.classification import MulticlassAccuracy  # slow to import, and seldom wanted
+
     images.transform = create_transform(**resolve_model_data_config(model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.eval().to(device).to(memory_format=torch.channels_last)
