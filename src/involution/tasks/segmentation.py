@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from involution.data.items import UNLABELLED, Batch
 from involution.models.segmentation import segmentor as build_segmentor
@@ -70,11 +70,11 @@ class Segmentation(Task):
         self.keep(build_segmentor(segmentor, stages, count, neck, channels))
         for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        shares = {
-            f"{stage}_iou": MulticlassJaccardIndex(count, average=None, ignore_index=UNLABELLED, validate_args=False)
+        counts = {
+            f"{stage}_counts": MulticlassConfusionMatrix(count, ignore_index=UNLABELLED, validate_args=False)
             for stage in ("validation", "test")
         }
-        self.shares = nn.ModuleDict(shares)
+        self.counts = nn.ModuleDict(counts)
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         """The likeliest class of every pixel, (H, W) for each image."""
@@ -108,20 +108,20 @@ class Segmentation(Task):
         """Compare the maps of one batch with its targets."""
         images, targets = batch
         for found, target in zip(self(images) if images else [], targets, strict=True):  # none, if all were left out
-            self._share(stage).update(found, target["map"])
+            self._counts(stage).update(found, target["map"])
 
-    def _share(self, stage: str) -> MulticlassJaccardIndex:
-        return cast(MulticlassJaccardIndex, self.shares[f"{stage}_iou"])
+    def _counts(self, stage: str) -> MulticlassConfusionMatrix:
+        return cast(MulticlassConfusionMatrix, self.counts[f"{stage}_counts"])
 
     def conclude(self, stage: str) -> None:
         """Log the mean intersection over union, and in a test that of every class."""
-        measure = self._share(stage)
-        shares: Tensor = measure.compute()
-        seen = measure.confmat.sum(1) > 0  # a class that no image shows has no share
-        self.log(f"{stage}/mIoU", shares[seen].mean(), prog_bar=True, sync_dist=True)
+        counts = self._counts(stage).compute()  # of all processes; (shown, found)
+        both = counts.diag()
+        shares = both / (counts.sum(0) + counts.sum(1) - both)  # NaN for a class neither shown nor found
+        self.log(f"{stage}/mIoU", shares.nanmean(), prog_bar=True)
         for name, value in zip(self.classes, shares, strict=True) if stage == "test" else ():
-            self.log(f"test/IoU/{name}", value, sync_dist=True)
-        measure.reset()
+            self.log(f"test/IoU/{name}", value)
+        self._counts(stage).reset()
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:
