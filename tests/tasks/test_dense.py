@@ -47,7 +47,7 @@ def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
     assert main(["predict", "--ckpt_path", checkpoint, "--images", "photographs", "--least", "0"]) == 0
     folder = Path("runs/scenes/mask_rcnn/predictions")
     assert capsys.readouterr().out.splitlines()[-1] == f"2 pictures and predictions.json in {folder}"
-    assert size(folder / "odd.png") == (97, 61)
+    assert size(folder / "odd.png") == (4 * 97, 4 * 61)
     found = json.loads((folder / "predictions.json").read_text())
     assert {entry["image_id"] for entry in found} <= {"odd", "other"}
     for entry in found:

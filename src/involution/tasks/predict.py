@@ -21,6 +21,7 @@ from involution.data.items import Batch, Item, Items, lists, open_image
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _ALPHA = 0.5  # of what is drawn over an image
+_READABLE = 384  # pixels of the longer side, at least
 _COLOURS = [
     *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#ee7733", "#0077bb", "#33bbee"),
     *("#ee3377", "#cc3311", "#009988", "#ddaa33", "#bb5566", "#004488", "#997700", "#6699cc", "#994455", "#5566aa"),
@@ -72,6 +73,8 @@ def loader(pictures: Items) -> DataLoader[Item | None]:
 
 class Writer(BasePredictionWriter):
     """Draws what was found in each image, batch by batch, and at the end writes it down.
+
+    Small images with detections are drawn several times as large, for the labels to fit.
 
     Detections are written in COCO's format of results, maps as images of class numbers.
 
@@ -143,7 +146,9 @@ def _draw_detections(picture: Tensor, found: dict[str, Tensor], classes: Sequenc
     if "masks" in found:
         picture = draw_segmentation_masks(picture, found["masks"][kept], _ALPHA, colours)
     told = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    return draw_bounding_boxes(picture, found["boxes"][kept], told, colours, width=1)
+    times = -(-_READABLE // max(picture.shape[1:]))
+    picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return draw_bounding_boxes(picture, times * found["boxes"][kept], told, colours, width=2)
 
 
 def _entries(found: dict[str, Tensor], name: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
