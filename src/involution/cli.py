@@ -14,7 +14,7 @@ from typing import Any
 from involution.names import unknown
 
 _DEFAULT_RECIPE = "digits"
-_NEEDS = {"bench": "benchmarking", "convert": "converting", "table": "counting"}
+_NEEDS = {"bench": "benchmarking", "convert": "converting", "show": "drawing", "table": "counting"}
 _EXTRAS = frozenset(
     [
         *("jsonargparse", "lightning", "matplotlib", "pycocotools", "safetensors", "scipy", "sklearn", "timm"),
@@ -27,6 +27,7 @@ _COMMANDS = {
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
     "predict": "find the classes, boxes, masks or maps of images, and draw them",
+    "show": "draw the kernels a network generates for an image",
     "convert": "turn a checkpoint of the official code into one that timm loads, and measure it",
     "table": "build and count the networks of the paper's tables, beside what was published",
     "bench": "time the operator, its variants or networks against their rivals on this machine",
@@ -125,7 +126,13 @@ def _table() -> Any:
     return table
 
 
-_FUNCTIONS = {"bench": _bench, "convert": _convert, "table": _table}
+def _show() -> Any:
+    from involution.show.command import show
+
+    return show
+
+
+_FUNCTIONS = {"bench": _bench, "convert": _convert, "show": _show, "table": _table}
 
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:
@@ -190,6 +197,7 @@ def _help() -> str:
             "  involution test --ckpt_path runs/digits/checkpoints/best.ckpt",
             "  involution fit --config scenes/faster_rcnn",
             "  involution predict --ckpt_path runs/scenes/faster_rcnn/checkpoints/best.ckpt --images photographs",
+            "  involution show photograph.jpg --checkpoint rednet50.safetensors",
             "  involution convert rednet50.pth rednet50.safetensors --evaluate imagenet/val",
             "  involution table imagenet --latency true",
             "  involution bench op --dtype bfloat16",

@@ -48,7 +48,7 @@ def rednet_of(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> Re
     if not depths:
         known = ", ".join(f"{depth} {of}" for depth, of in BLOCKS.items())
         raise ValueError(f"{path} has {layers} blocks in its stages, which no RedNet has. There is: {known}.")
-    axes = {"layer1.0.conv1.weight": 4, "stem.conv3.weight": 4}
+    axes = {"layer1.0.conv1.weight": 4, "stem.conv1.weight": 4, "stem.conv3.weight": 4}
     for place in _INVOLUTIONS:
         axes |= {f"{place}.generator.span.bias": 1, f"{place}.generator.reduce.weight": 4}
     missing = [key for key in axes if key not in state]
@@ -61,6 +61,7 @@ def rednet_of(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> Re
         if len(shape) != dimensions or 0 in shape:
             raise ValueError(f"{path} is of no RedNet: {key} must have {dimensions} axes, none empty; it is {shape}.")
     settings = {
+        "in_chans": state["stem.conv1.weight"].shape[1],
         "num_classes": len(state["fc.weight"]) if "fc.weight" in state else 0,
         "base_width": len(state["layer1.0.conv1.weight"]),
         "stem_width": len(state["stem.conv3.weight"]),

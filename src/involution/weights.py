@@ -15,7 +15,7 @@ from involution.models.rednet import RedNet
 Value = TypeVar("Value")
 
 _SHOWN = 3
-_STEM = "stem.conv1.weight"  # found in every RedNet, wherever it sits
+STEM = "stem.conv1.weight"  # found in every RedNet, wherever it sits
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)  # int64: batches counted by norms
 
 
@@ -50,8 +50,8 @@ def renamed(given: Mapping[str, Value], model: nn.Module) -> dict[str, Value]:
         ours = official.backbone(given)
         return ours if model.num_classes else {key: each for key, each in ours.items() if not key.startswith("fc.")}
     for name in model.state_dict():
-        if name.endswith(_STEM):
-            return official.whole(given, name.removesuffix(_STEM))
+        if name.endswith(STEM):
+            return official.whole(given, name.removesuffix(STEM))
     raise ValueError(f"`model` must be a RedNet, or hold one; got a {type(model).__name__}.")
 
 

@@ -25,7 +25,7 @@ from involution.pointwise import PointwiseConv2d, fold_norms
 
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
@@ -148,8 +148,8 @@ class RedNet(nn.Module):
         _check_head(num_classes, global_pool)
         if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
             raise ValueError(f"`drop_rate` must be a number from 0 to 1; got {drop_rate!r}.")
-        if len(layers) != len(_STAGES):
-            raise ValueError(f"`layers` must have one entry for each of the {len(_STAGES)} stages; got {layers}.")
+        if len(layers) != len(STAGES):
+            raise ValueError(f"`layers` must have one entry for each of the {len(STAGES)} stages; got {layers}.")
         if stem not in ("involution", "convolution"):
             raise ValueError(f"`stem` must be 'involution' or 'convolution'; got {stem!r}.")
         if stem == "involution" and stem_width % 32:
@@ -180,7 +180,7 @@ class RedNet(nn.Module):
             "fused": fused,
         }
         channels, reached, dilation = stem_width, 4, 1
-        for index, (name, depth) in enumerate(zip(_STAGES, layers, strict=True)):
+        for index, (name, depth) in enumerate(zip(STAGES, layers, strict=True)):
             width = base_width * 2**index
             stride, previous = min(2, index + 1), dilation
             if reached * stride > output_stride:
@@ -259,7 +259,7 @@ class RedNet(nn.Module):
         if 0 in wanted:
             intermediates.append(x)
         x = self.maxpool(x)
-        for index, name in enumerate(_STAGES[:last] if stop_early else _STAGES, start=1):
+        for index, name in enumerate(STAGES[:last] if stop_early else STAGES, start=1):
             x = self._run(self.get_submodule(name), x)
             if index in wanted:
                 intermediates.append(x)
@@ -268,7 +268,7 @@ class RedNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, (B, num_features, H / output_stride, W / output_stride), sizes rounded up."""
         x = self.maxpool(self.stem(x))
-        for name in _STAGES:
+        for name in STAGES:
             x = self._run(self.get_submodule(name), x)
         return x
 
@@ -305,7 +305,7 @@ def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kw
         raise ValueError(f"`depth` must be one of {', '.join(map(str, BLOCKS))}; got {depth}.")
     if stem_width % 2:
         raise ValueError(f"`stem_width` must be even; got {stem_width}.")
-    widths = tuple(base_width * 2**index for index in range(len(_STAGES)))
+    widths = tuple(base_width * 2**index for index in range(len(STAGES)))
     # timm's plain stem is 64 wide whatever one asks; its deep stem is not, and gives way to a plain one here
     model = ResNet(
         ResNetBottleneck, BLOCKS[depth], channels=widths, stem_type="deep", stem_width=stem_width // 2, **kwargs
