@@ -110,9 +110,11 @@ def _layer(captured: Captured, reduced: Tensor, mirror: Tensor) -> dict[str, Any
     }
 
 
-def _numbers(values: Tensor) -> str:
-    """16-bit floats, little-endian, as base64."""
-    return _text(values.detach().cpu().half().contiguous().numpy().astype("<f2").tobytes())
+def _numbers(values: Tensor) -> tuple[float, str]:
+    """The largest magnitude, and the values as shares of it: 16-bit floats, little-endian, as base64."""
+    values = values.detach().cpu()
+    most = float(values.abs().max()) or 1.0
+    return most, _text((values / most).half().contiguous().numpy().astype("<f2").tobytes())
 
 
 def _text(content: bytes) -> str:

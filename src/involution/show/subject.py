@@ -57,11 +57,11 @@ def subject(image: str, model: str | None = None, checkpoint: Path | None = None
     """
     if size < _LEAST:
         raise ValueError(f"`size` must be at least {_LEAST}; got {size}.")
+    picture = sample() if image == SAMPLE else _fitted(Path(image), size)
     network, weights = _network(model, checkpoint)
     chans = network.stem[0].in_channels
     if chans not in (1, 3):
         raise ValueError(f"`checkpoint` must be of a network for images of 1 or 3 channels; it takes {chans}.")
-    picture = sample() if image == SAMPLE else _fitted(Path(image), size)
     x = F.to_tensor(picture.convert("L" if chans == 1 else "RGB"))
     if chans == 3:
         config = resolve_model_data_config(network)
