@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup train test test-slow bench-gpu bench-scenes sanitize arm64 lint
+.PHONY: help setup train test test-slow test-browser explore bench-gpu bench-scenes package-weights sanitize arm64 lint
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,13 @@ test: setup lint ## Check style, types and imports, then run the default tests
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-browser: setup ## Drive the explorer page in Chromium, which must be installed
+	$(BIN)/python -m pip install --quiet playwright==1.65.2
+	$(BIN)/python -m pytest -m browser
+
+explore: setup ## Write the explorer page for a scene of digits, with kernels that really were learnt
+	$(BIN)/involution show sample --out runs/explore
+
 # Preloaded, as python itself is not linked with it; libstdc++ so that it finds the exceptions of others.
 ASAN := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)"
 # Fresh memory is all ones, which is NaN; python leaks on purpose.
@@ -61,6 +68,10 @@ bench-scenes: setup ## Train the recipes SCENES on scenes of digits, each with i
 		$(BIN)/involution compare --config scenes/$$recipe --folder build/scenes/$$recipe; \
 		cp build/scenes/$$recipe/results.csv benchmarks/scenes/$$recipe.csv; \
 	done
+
+package-weights: ## Train the network that comes with the library, and pack it
+	$(MAKE) bench-scenes SCENES=semantic_fpn_small
+	$(BIN)/python -m involution.show.packaged build/scenes/semantic_fpn_small
 
 arm64: ## Compile the library for arm64, without running it
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then compiler=aarch64-linux-gnu-g++; \

@@ -42,7 +42,7 @@ def show(
         layer: name of a layer or block, such as layer3.5; or all. Default: the last of the third stage, which the paper
             shows.
         mirror: checkpoint of the ResNet that `involution compare` trained beside the RedNet, whose kernels are shown
-            for comparison. Default: random weights.
+            for comparison. Default: that of the packaged network; for others, random weights.
         points: positions whose kernels are drawn, each from 0, the left or top, to 1.
         animate: also draw the kernel as it moves over the image, beside a convolution's.
         group: the one whose kernel is animated.
@@ -57,7 +57,7 @@ def show(
             raise ValueError(f"`points` must be pairs of numbers from 0 to 1; got {point}.")
     shown = subject(image, model, checkpoint, size)
     captured = capture(shown)
-    fixed, told = mirror_kernels(shown.network, captured, mirror)
+    fixed, told = mirror_kernels(shown, mirror)
     for each in chosen(captured, layer):
         folder = out / each.name
         pictures.draw_sums(each, shown.picture, folder)

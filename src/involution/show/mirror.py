@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from involution.models.rednet import RedNet, mirrored_resnet
-from involution.show.capture import Captured
-from involution.show.subject import depth
+from involution.nn import Involution2d
+from involution.show.subject import Subject, depth
 from involution.weights import read
 
 
-def mirror_kernels(
-    network: RedNet, captured: Mapping[str, Captured], checkpoint: Path | None = None
-) -> tuple[dict[str, Tensor], str]:
-    """By layer, a k x k kernel for every group: from its first channel to itself, or from the image in the stem.
+def mirror_kernels(shown: Subject, checkpoint: Path | None = None) -> tuple[dict[str, Tensor], str]:
+    """A k x k kernel of the mirrored ResNet for every group of every layer; see `slices`.
 
     Args:
-        network: the RedNet.
-        captured: its layers.
-        checkpoint: of the ResNet that `involution compare` trained as its mirror. Default: random weights.
+        shown: the RedNet.
+        checkpoint: of the ResNet that `involution compare` trained as its mirror. Default: what comes with the packaged
+            network; for others, random weights.
 
     Returns:
         The kernels, (G, k, k) for each layer; and what they are, for people.
@@ -30,29 +29,36 @@ def mirror_kernels(
     Raises:
         ValueError: if the checkpoint is of another network.
     """
-    if checkpoint is None:
-        # The weights are as random as the caller's generator; one of ours keeps pages the same.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            base, stem = (len(network.get_parameter(name)) for name in ("layer1.0.conv1.weight", "stem.conv3.weight"))
-            state = mirrored_resnet(depth(network), base, stem).state_dict()
-    else:
-        state = read(checkpoint)
+    if checkpoint is not None:
+        return slices(shown.network, read(checkpoint), checkpoint), f"weights of {checkpoint.name}"
+    if shown.mirror:
+        return shown.mirror, "trained in the same way"
+    # The weights are as random as the caller's generator; one of ours keeps pages the same.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = (len(shown.network.get_parameter(name)) for name in ("layer1.0.conv1.weight", "stem.conv3.weight"))
+        state = mirrored_resnet(depth(shown.network), *widths).state_dict()
+    return slices(shown.network, state, "the mirror"), "random weights"
+
+
+def slices(network: RedNet, state: Mapping[str, Tensor], path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Of each convolution that an involution replaces, the kernels from the first channel of every group to itself.
+
+    Those of the stem read the image's first channel. `state` is the ResNet's, bare or of a fit; `path` its place, for
+    errors.
+
+    Raises:
+        ValueError: if a convolution is missing or of another width.
+    """
+    plain = {key.removeprefix("net."): value for key, value in state.items()}
+    plain |= {key.partition("stages.body.")[2]: value for key, value in state.items() if "stages.body." in key}
     found = {}
-    for name, each in captured.items():
-        weight = _weight(state, "conv1.weight" if name.startswith("stem.") else f"{name}.weight")
-        channels = each.layer.channels // each.layer.groups
-        if weight is None or len(weight) < each.layer.channels:
-            raise ValueError(
-                f"`mirror` {checkpoint} is not of the ResNet that mirrors this RedNet: {name} has no like."
-            )
-        rows = weight[: each.layer.channels : channels]
-        own = range(0, each.layer.channels, channels) if rows.shape[1] >= each.layer.channels else [0] * len(rows)
-        found[name] = torch.stack([row[column] for row, column in zip(rows, own, strict=True)])
-    return found, "random weights" if checkpoint is None else f"weights of {checkpoint.name}"
-
-
-def _weight(state: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """The convolution of this name, in a ResNet or in a fit of one."""
-    found = [value for key, value in state.items() if key.removeprefix("net.") == name]
-    return found[0] if found and found[0].dim() == 4 else None
+    for name, layer in network.named_modules():
+        if isinstance(layer, Involution2d):
+            weight = plain.get("conv1.weight" if name.startswith("stem.") else f"{name}.weight")
+            if weight is None or weight.dim() != 4 or len(weight) < layer.channels:
+                raise ValueError(f"`mirror` {path} is not of the ResNet that mirrors this RedNet: it lacks {name}.")
+            firsts = range(0, layer.channels, layer.channels // layer.groups)
+            sources = [0] * layer.groups if name.startswith("stem.") else firsts
+            found[name] = torch.stack([weight[to, source] for to, source in zip(firsts, sources, strict=True)])
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from PIL import Image
@@ -18,10 +17,10 @@ from involution.data.scenes import Look, composed
 from involution.models.rednet import BLOCKS, STAGES, RedNet
 from involution.models.stages import build
 from involution.recognition import rednet_of
-from involution.weights import STEM, read
+from involution.show.packaged import TOLD, packaged, rednet_in
+from involution.weights import read
 
 SAMPLE = "sample"
-_WEIGHTS = files("involution.show") / "rednet26_largest.safetensors"
 _LEAST = 32  # pixels a side
 
 
@@ -32,12 +31,14 @@ class Subject:
     Attributes:
         network: the network.
         weights: where they come from, for people.
+        mirror: kernels of convolutions trained in the same way, (G, k, k) by layer; empty if unknown.
         picture: the image as it is looked at, 8 bits a channel.
         x: what the network is given, (1, in_chans, H, W).
     """
 
     network: RedNet
     weights: str
+    mirror: dict[str, Tensor]
     picture: Image.Image
     x: Tensor
 
@@ -58,7 +59,7 @@ def subject(image: str, model: str | None = None, checkpoint: Path | None = None
     if size < _LEAST:
         raise ValueError(f"`size` must be at least {_LEAST}; got {size}.")
     picture = sample() if image == SAMPLE else _fitted(Path(image), size)
-    network, weights = _network(model, checkpoint)
+    network, weights, mirror = _network(model, checkpoint)
     chans = network.stem[0].in_channels
     if chans not in (1, 3):
         raise ValueError(f"`checkpoint` must be of a network for images of 1 or 3 channels; it takes {chans}.")
@@ -66,7 +67,7 @@ def subject(image: str, model: str | None = None, checkpoint: Path | None = None
     if chans == 3:
         config = resolve_model_data_config(network)
         x = F.normalize(x, config["mean"], config["std"])
-    return Subject(network.eval(), weights, picture, x[None])
+    return Subject(network.eval(), weights, mirror, picture, x[None])
 
 
 def depth(network: RedNet) -> int:
@@ -97,34 +98,21 @@ def _fitted(path: Path, size: int) -> Image.Image:
     return picture
 
 
-def _network(model: str | None, checkpoint: Path | None) -> tuple[RedNet, str]:
+def _network(model: str | None, checkpoint: Path | None) -> tuple[RedNet, str, dict[str, Tensor]]:
     if checkpoint is None and model is None:
-        with as_file(_WEIGHTS) as path:
-            return rednet_of(_float(load_file(path)), path), "trained on scenes of digits, recipe scenes/largest"
+        network, mirror = packaged()
+        return network, TOLD, mirror
     if checkpoint is None:
         network = build(str(model))
         if not isinstance(network, RedNet):
             raise ValueError(f"`model` must be a RedNet, such as rednet50; got {model!r}.")
-        return network, "random weights"
-    found = rednet_of(_rednet_in(checkpoint), checkpoint)
-    name = f"rednet{depth(found)}"
+        return network, "random weights", {}
+    try:
+        state = load_file(checkpoint) if checkpoint.suffix == ".safetensors" else read(checkpoint)
+    except SafetensorError as error:
+        raise ValueError(f"`checkpoint` {checkpoint} cannot be read as safetensors: {error}") from error
+    network = rednet_of(rednet_in(state), checkpoint)
+    name = f"rednet{depth(network)}"
     if model not in (None, name):
         raise ValueError(f"`checkpoint` {checkpoint} is of a {name}, not of `model` {model}. Leave `model` out.")
-    return found, f"weights of {checkpoint.name}"
-
-
-def _rednet_in(path: Path) -> dict[str, Tensor]:
-    """The part of a checkpoint that is a RedNet's."""
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else read(path)
-    except SafetensorError as error:
-        raise ValueError(f"`checkpoint` {path} cannot be read as safetensors: {error}") from error
-    places = [key.removesuffix(STEM) for key in state if key.endswith(STEM)]
-    if not places:
-        return state  # an official one, or not a RedNet's: to be told apart by its names
-    found = {key.removeprefix(places[0]): value for key, value in state.items() if key.startswith(places[0])}
-    return _float({key: value for key, value in found.items() if key.startswith(("stem.", "layer", "fc."))})
-
-
-def _float(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return network, f"weights of {checkpoint.name}", {}
