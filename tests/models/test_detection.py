@@ -62,10 +62,14 @@ def test_odd_sizes_no_objects_and_sixty_train_and_predict(name: str) -> None:
 
 
 def test_the_image_of_an_odd_size_named_in_the_plan() -> None:
-    model = make("faster_rcnn").eval()
+    model = make("faster_rcnn")
     model.transform.min_size, model.transform.max_size = (333,), 501
+    image = torch.rand(3, 333, 501)
+    losses = model.train()([image], [target(333, 501, 2)])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
-        (found,) = model([torch.rand(3, 333, 501)])
+        (found,) = model.eval()([image])
     assert found["boxes"].shape[1] == 4
 
 
