@@ -70,8 +70,8 @@ bench-scenes: setup ## Train the recipes SCENES on scenes of digits, each with i
 	done
 
 package-weights: ## Train the network that comes with the library, and pack it
-	$(MAKE) bench-scenes SCENES=semantic_fpn_small
-	$(BIN)/python -m involution.show.packaged build/scenes/semantic_fpn_small
+	$(MAKE) bench-scenes SCENES=semantic_fpn
+	$(BIN)/python -m involution.show.packaged build/scenes/semantic_fpn
 
 arm64: ## Compile the library for arm64, without running it
 	@if command -v aarch64-linux-gnu-g++ >/dev/null; then compiler=aarch64-linux-gnu-g++; \

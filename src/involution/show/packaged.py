@@ -1,6 +1,6 @@
 """The small RedNet that comes with the library: `python -m involution.show.packaged FOLDER` packs one anew.
 
-FOLDER is where `involution compare --config scenes/semantic_fpn_small` left its files.
+FOLDER is where `involution compare --config scenes/semantic_fpn` left its files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from involution.models.rednet import RedNet
 from involution.recognition import rednet_of
 from involution.weights import STEM, read
 
-TOLD = "trained on scenes of digits by the recipe scenes/semantic_fpn_small"
+TOLD = "trained on scenes of digits by the recipe scenes/semantic_fpn"
 _WEIGHTS = files("involution.show") / "rednet26_scenes.safetensors"
 _MIRROR = "mirror."
 

@@ -30,6 +30,7 @@ class Segmentation(Task):
         channels: of its pyramid. Default: 256, and 512 in an UPerNet.
         classes: names of the classes, in their order in the map.
         neck: of the feature pyramid's outputs, "convolution" or "involution".
+        scale: of the images as the network sees them: 2 doubles their sides. Maps have the size of the images.
         arch: name of the backbone in timm, such as rednet50 or resnet50c.
         options: its further arguments, such as stem_kernel, or checkpoint_path, for weights `involution convert` wrote.
         mirror: take in place of the RedNet the ResNet of the same depths and widths.
@@ -54,6 +55,7 @@ class Segmentation(Task):
         channels: int | None = None,
         classes: Sequence[str] = (),
         neck: Layer = "convolution",
+        scale: float = 1.0,
         arch: str = "rednet50",
         options: dict[str, Any] | None = None,
         mirror: bool = False,
@@ -64,6 +66,8 @@ class Segmentation(Task):
         super().__init__(**training)
         if len(classes) < 2:
             raise ValueError(f"`classes` must name at least two; got {list(classes)}.")
+        if scale <= 0:
+            raise ValueError(f"`scale` must be above 0; got {scale}.")
         self.classes = tuple(classes)
         count = len(classes)
         stages = Stages(build(arch, options, mirror), frozen_stages, norm_eval)
@@ -87,8 +91,12 @@ class Segmentation(Task):
         batch = _stack([(image - self.mean) / self.std for image in images], 0.0)
         if self.hparams["channels_last"]:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        logits: dict[str, Tensor] = self.net(batch)
-        return logits
+        scale, sides = self.hparams["scale"], batch.shape[2:]
+        if scale == 1:
+            logits: dict[str, Tensor] = self.net(batch)
+            return logits
+        seen = F.interpolate(batch, size=[max(1, round(scale * side)) for side in sides], mode="bilinear")
+        return {name: F.interpolate(each, size=sides, mode="bilinear") for name, each in self.net(seen).items()}
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of one batch."""
