@@ -31,7 +31,6 @@ TASKS = {
 DATASETS = {
     "digits": "involution.data.digits:Digits",
     "scenes": "involution.data.scenes:DigitScenes",
-    "largest": "involution.data.largest:LargestDigit",
     "coco": "involution.data.coco:Coco",
     "cityscapes": "involution.data.cityscapes:Cityscapes",
 }
