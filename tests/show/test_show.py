@@ -122,7 +122,7 @@ def test_weights_come_from_many_kinds_of_files(files: Path, network: RedNet) -> 
     state = {f"net.pyramid.stages.body.{key}": value for key, value in network.state_dict().items() if key[:3] != "fc."}
     torch.save({"state_dict": state | {"net.head.weight": torch.ones(2)}}, "segmentor.ckpt")
     same(subject("noise.png", checkpoint=Path("segmentor.ckpt")))
-    assert subject("noise.png", "rednet26").weights == "random weights"
+    assert subject("noise.png", "rednet26").weights == "random; give --checkpoint for trained ones"
 
 
 def test_the_packaged_network_sees_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +163,7 @@ def test_large_images_are_scaled_and_grey_networks_see_grey(tmp_path: Path, caps
         (["noise.png", "--checkpoint=net.safetensors", "--layer=layer3.3.conv"], "did you mean 'layer3.3.conv2'"),
         (["noise.png", "--checkpoint=net.safetensors", "--layer=x"], "There is: layer1.0.conv2, layer2.0.conv2, layer"),
         (["noise.png", "--points=[[0.5,1.5]]"], "`points` must be pairs of numbers from 0 to 1; got [0.5, 1.5]"),
+        (["noise.png", "--points=[]"], "`points` must hold at least one pair of numbers; got none"),
         (["noise.png", "--size=8"], "`size` must be at least 32; got 8"),
         (
             ["noise.png", "--checkpoint=net.safetensors", "--animate=gif", "--group=4"],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from involution.analysis.table import markdown
 from involution.names import unknown
@@ -52,13 +54,16 @@ def show(
     Raises:
         ValueError: if the image cannot be read, the checkpoint is of another model, or there is no such layer.
     """
+    if not points:
+        raise ValueError("`points` must hold at least one pair of numbers; got none.")
     for point in points:
         if len(point) != 2 or not all(0 <= value <= 1 for value in point):
             raise ValueError(f"`points` must be pairs of numbers from 0 to 1; got {point}.")
     shown = subject(image, model, checkpoint, size)
     captured = capture(shown)
     fixed, told = mirror_kernels(shown, mirror)
-    for each in chosen(captured, layer):
+    reports = []
+    for each in tqdm(chosen(captured, layer), "drawing", file=sys.stderr, leave=False, disable=None):
         folder = out / each.name
         pictures.draw_sums(each, shown.picture, folder)
         pictures.draw_colours(each, shown.picture, folder)
@@ -68,8 +73,9 @@ def show(
             csv.writer(file, lineterminator="\n").writerows(lines)
         if animate:
             animation.animate(each, shown.picture, fixed[each.name], group, folder / f"group{group}.{animate}")
-        print(f"{each.name}: {_size(each)}\n\n{markdown(lines)}\n")
+        reports.append(f"{each.name}: {_size(each)}\n\n{markdown(lines)}\n")
     write_page(shown, captured, fixed, told, out / "explorer.html")
+    print(*reports, sep="\n")
     for what, where in (("weights", shown.weights), ("pictures", out), ("explorer", out / "explorer.html")):
         print(f"{what:<9} {where}")
 

@@ -106,7 +106,7 @@ def _network(model: str | None, checkpoint: Path | None) -> tuple[RedNet, str, d
         network = build(str(model))
         if not isinstance(network, RedNet):
             raise ValueError(f"`model` must be a RedNet, such as rednet50; got {model!r}.")
-        return network, "random weights", {}
+        return network, "random; give --checkpoint for trained ones", {}
     try:
         state = load_file(checkpoint) if checkpoint.suffix == ".safetensors" else read(checkpoint)
     except SafetensorError as error:
