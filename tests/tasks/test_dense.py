@@ -1,6 +1,7 @@
 """Detection and segmentation from the command line: fits, tests, predictions, and every packaged recipe."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,18 @@ def test_published_recipes_build_what_they_say(path):
         "upernet": 56_379_780 + 720,  # the stem of K 7
     }
     assert trained == published[path.stem]
+
+
+@pytest.mark.parametrize("step", [0, 1, 1564, 3129, 3130, 3756, 40690, 81379])
+def test_the_published_schedule_of_imagenet(step):
+    """mmcv's formula: a cosine of the epoch, times what is left of the warm-up of 3130 iterations from a quarter."""
+    epoch = step // 626
+    expected = 0.5 * 0.8 * (1 + math.cos(math.pi * epoch / 130))
+    if step < 3130:
+        expected *= 1 - (1 - step / 3130) * (1 - 0.25)
+    recipe = yaml.safe_load((RECIPES / "imagenet" / "rednet50.yaml").read_text())["model"]
+    share = learning_rate(130 * 626, recipe["schedule"], recipe["warmup"], recipe["warmup_from"], (), 0.0, epochs=130)
+    assert recipe["lr"] * share(step) == pytest.approx(expected, rel=1e-3)
 
 
 def test_schedules():

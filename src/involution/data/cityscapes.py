@@ -19,7 +19,7 @@ _CLASSES = tuple(each.name for each in Published.classes if 0 <= each.train_id <
 _MOST = 255  # of a label in a file
 
 
-class CityscapesItems(Items):
+class CityscapesItems(Items[Item]):
     """The images of a split with their maps of the 19 classes that are scored.
 
     An item is an image, (3, H, W) float32 from 0 to 1, and its target: map (H, W) int64, 255 where no class is scored.
@@ -111,6 +111,6 @@ class Cityscapes(ItemsModule):
         super().__init__(batch_size, workers)
         self._root, self._skip_bad = root, skip_bad
 
-    def load(self, split: str) -> Items:
+    def load(self, split: str) -> Items[Item]:
         """The set "train" or "val"."""
         return CityscapesItems(self._root, split, self._skip_bad)

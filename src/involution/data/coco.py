@@ -19,7 +19,7 @@ _SLACK = 1.0  # pixels that a box may overhang its image by: published ones are 
 _LEAST = 1.0  # side of a box; smaller ones are left out, as mmdetection does
 
 
-class CocoItems(Items):
+class CocoItems(Items[Item]):
     """The images of an annotation file in COCO's format, with boxes, labels and masks.
 
     An item is an image, (3, H, W) float32 from 0 to 1, and its target: boxes (N, 4) float32, left, top, right and
@@ -143,7 +143,7 @@ class Coco(ItemsModule):
         self._sets["val"] = val = self._items("val")
         self.classes, self.category_ids = val.classes, val.category_ids
 
-    def load(self, split: str) -> Items:
+    def load(self, split: str) -> Items[Item]:
         """The set "train" or "val"."""
         items = self._items(split)
         if items.classes != self.classes:

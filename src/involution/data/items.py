@@ -1,16 +1,19 @@
-"""What detection and segmentation data share: items, batches of them, and items that are bad."""
+"""What data sets in files share: items, batches of them, and items that are bad."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+Kept = TypeVar("Kept")  # an item of any kind
 Item = tuple[Tensor, dict[str, Tensor]]
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
@@ -21,7 +24,7 @@ class BadItemError(ValueError):
     """An item of a data set that cannot be used: one sentence with its file."""
 
 
-class Items(Dataset[Item | None]):
+class Items(Dataset[Kept | None], Generic[Kept]):
     """A data set that reads its items from files.
 
     Args:
@@ -43,11 +46,11 @@ class Items(Dataset[Item | None]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, index: int) -> Item:
+    def read(self, index: int) -> Kept:
         """One item."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Item | None:
+    def __getitem__(self, index: int) -> Kept | None:
         for place in range(index, index + (len(self) if self._train else 1)):
             try:
                 return self.read(place % len(self))
@@ -66,17 +69,23 @@ class ItemsModule(LightningDataModule):
         workers: processes that read images.
     """
 
+    batch_measured = 1  # images at a time where they are measured: they may differ in size
+
     def __init__(self, batch_size: int, workers: int) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}; got {value}.")
         self.batch_size, self._workers = batch_size, workers
-        self._sets: dict[str, Items] = {}
+        self._sets: dict[str, Items[Any]] = {}
 
-    def load(self, split: str) -> Items:
+    def load(self, split: str) -> Items[Any]:
         """The set "train" or "val"."""
         raise NotImplementedError
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """A batch of items; None stands for one that was left out."""
+        return lists(items)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the lists of what the stage of Lightning needs."""
@@ -90,30 +99,30 @@ class ItemsModule(LightningDataModule):
             if items.skipped:
                 print(f"skipped {items.skipped} bad items of {split}")
 
-    def train_dataloader(self) -> DataLoader[Item | None]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """The training images in a new order every epoch; an incomplete last batch is left out."""
         return self._loader("train", self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Item | None]:
-        """The validation images, in order, one by one: they differ in size."""
-        return self._loader("val", 1)
-
-    def test_dataloader(self) -> DataLoader[Item | None]:
-        """The validation images, in order: the test images of these data sets have no public targets."""
-        return self._loader("val", 1)
-
-    def predict_dataloader(self) -> DataLoader[Item | None]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """The validation images, in order."""
-        return self._loader("val", 1)
+        return self._loader("val", self.batch_measured)
 
-    def _loader(self, split: str, size: int, shuffle: bool = False) -> DataLoader[Item | None]:
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The validation images, in order: the test images of these data sets have no public targets."""
+        return self._loader("val", self.batch_measured)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The validation images, in order."""
+        return self._loader("val", self.batch_measured)
+
+    def _loader(self, split: str, size: int, shuffle: bool = False) -> DataLoader[Any]:
         return DataLoader(
             self._sets[split],
             batch_size=size,
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=self._workers,
-            collate_fn=lists,
+            collate_fn=self.collate,
             persistent_workers=self._workers > 0,
         )
 
@@ -132,6 +141,8 @@ def open_image(path: Path, mode: str = "RGB") -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
             return image.convert(mode) if image.mode != mode else image.copy()
     except FileNotFoundError:
         raise BadItemError(f"there is no image {path}.") from None

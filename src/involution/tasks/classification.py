@@ -66,7 +66,8 @@ class Classification(Task):
 
     def measure(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         """Loss and accuracy of one batch, logged."""
-        self._step(stage, batch)
+        if len(batch[1]):  # none, if all were bad and left out
+            self._step(stage, batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The likeliest class of each image, (B,)."""

@@ -30,6 +30,7 @@ TASKS = {
 }
 DATASETS = {
     "digits": "involution.data.digits:Digits",
+    "imagenet": "involution.data.imagenet:ImageNet",
     "scenes": "involution.data.scenes:DigitScenes",
     "coco": "involution.data.coco:Coco",
     "cityscapes": "involution.data.cityscapes:Cityscapes",

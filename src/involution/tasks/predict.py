@@ -28,7 +28,7 @@ _COLOURS = [
 ]
 
 
-class Pictures(Items):
+class Pictures(Items[Item]):
     """The images in files and folders, in the order of their names.
 
     Args:

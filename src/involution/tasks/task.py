@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from involution.names import unknown
 from involution.weights import mismatch
 
-Schedule = Literal["cosine", "step", "poly"]
+Schedule = Literal["cosine", "cosine_by_epoch", "step", "poly"]
 
-_SCHEDULES = ("cosine", "step", "poly")
+_SCHEDULES = ("cosine", "cosine_by_epoch", "step", "poly")
 _STEP, _POWER = 0.1, 0.9  # of the step and poly schedules
 
 
@@ -31,11 +31,14 @@ class Task(LightningModule):
         optimizer_options: further arguments of the optimizer, such as betas of adamw; or filter_bias_and_bn, whose
             false decays biases and norms too.
         lr: largest learning rate, reached after the warm-up.
+        lr_batch: images in a step, on all devices, that `lr` is for; with others the rate is changed in proportion.
+            Default: `lr` is right as it is.
         weight_decay: weight decay of all parameters but biases and norms.
         warmup: share of all steps in which the learning rate grows linearly; from 1 on, the number of these steps.
         warmup_from: share of `lr` at which the warm-up begins.
-        schedule: of the learning rate after the warm-up: "cosine" to `floor`; "step", a tenth at each of the
-            milestones; or "poly", (1 - share of steps done) ** 0.9.
+        schedule: of the learning rate after the warm-up: "cosine" to `floor`; "cosine_by_epoch", a cosine over the
+            whole run that changes with every epoch and that the warm-up scales, as in mmcv; "step", a tenth at each of
+            the milestones; or "poly", (1 - share of steps done) ** 0.9.
         milestones: of "step", as shares of all steps.
         floor: share of `lr` below which "cosine" and "poly" do not go.
         channels_last: keep images and features with channels innermost in memory, the faster layout of involution.
@@ -52,6 +55,7 @@ class Task(LightningModule):
         optimizer: str = "adamw",
         optimizer_options: dict[str, Any] | None = None,
         lr: float = 1e-3,
+        lr_batch: int | None = None,
         weight_decay: float = 0.05,
         warmup: float = 0.1,
         warmup_from: float = 0.0,
@@ -66,6 +70,8 @@ class Task(LightningModule):
         for name, share in (("warmup_from", warmup_from), ("floor", floor)):
             if not 0 <= share <= 1:
                 raise ValueError(f"`{name}` must be a share of `lr`, from 0 to 1; got {share}.")
+        if lr_batch is not None and lr_batch < 1:
+            raise ValueError(f"`lr_batch` must be at least 1; got {lr_batch}.")
         if schedule not in _SCHEDULES:
             raise ValueError(unknown("schedule", schedule, _SCHEDULES))
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
@@ -113,15 +119,25 @@ class Task(LightningModule):
         optimizer = create_optimizer_v2(
             self.net,
             opt=settings["optimizer"],
-            lr=settings["lr"],
+            lr=settings["lr"] * self._scaling(),
             weight_decay=settings["weight_decay"],
             **(settings["optimizer_options"] or {}),
         )
+        names = ("schedule", "warmup", "warmup_from", "milestones", "floor")
         share = learning_rate(
             int(self.trainer.estimated_stepping_batches),
-            *(settings[name] for name in ("schedule", "warmup", "warmup_from", "milestones", "floor")),
+            **{name: settings[name] for name in names},
+            epochs=self.trainer.max_epochs or 1,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}
+
+    def _scaling(self) -> float:
+        """What the learning rate is multiplied with for the number of images in a step."""
+        wanted = self.hparams["lr_batch"]
+        if wanted is None:
+            return 1.0
+        trainer: Any = self.trainer
+        return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches / wanted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another network, before torch does in many lines."""
@@ -134,9 +150,15 @@ class Task(LightningModule):
 
 
 def learning_rate(
-    steps: int, schedule: Schedule, warmup: float, warmup_from: float, milestones: Sequence[float], floor: float
+    steps: int,
+    schedule: Schedule,
+    warmup: float,
+    warmup_from: float,
+    milestones: Sequence[float],
+    floor: float,
+    epochs: int = 1,
 ) -> Callable[[int], float]:
-    """The share of the largest learning rate at each of `steps` steps; see `Task` for the settings.
+    """The share of the largest learning rate at each of `steps` steps in `epochs`; see `Task` for the settings.
 
     Example:
         >>> share = learning_rate(10, "step", warmup=2, warmup_from=0.0, milestones=(0.5, 0.8), floor=0.0)
@@ -146,6 +168,10 @@ def learning_rate(
     first = int(warmup if warmup >= 1 else warmup * steps)
 
     def share(step: int) -> float:
+        if schedule == "cosine_by_epoch":
+            epoch = step * epochs // steps
+            grown = min(1.0, warmup_from + (1 - warmup_from) * step / first) if first else 1.0
+            return grown * (floor + (1 - floor) * (0.5 + 0.5 * math.cos(math.pi * epoch / epochs)))
         if step < first:
             return warmup_from + (1 - warmup_from) * (step + 1) / first
         if schedule == "step":
