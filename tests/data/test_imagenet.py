@@ -126,6 +126,47 @@ def test_the_published_recipe_runs(root: Path, capsys: pytest.CaptureFixture[str
     assert "`model.options.num_classes` must be 2, as in the data; got 3." in capsys.readouterr().err
 
 
+def test_the_modern_recipe_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(type(net).__name__))
+    small = ["--model.options.num_classes=2", "--model.options.base_width=16", "--data.size=32", "--data.resize=40"]
+    small += ["--data.batch_size=4", "--data.workers=0", "--data.root=.", "--trainer.max_epochs=2"]
+    small += [
+        "--trainer.devices=1",
+        "--trainer.strategy=auto",
+        "--trainer.accelerator=cpu",
+        "--trainer.log_every_n_steps=1",
+    ]
+    assert main(["fit", "--config", "imagenet/rednet50_modern", *small]) == 0
+    assert compiled == ["RedNet"]
+    last = "runs/imagenet/rednet50_modern/checkpoints/last.ckpt"
+    kept = torch.load(last)
+    now, averaged = kept["current_model_state"], kept["state_dict"]
+    assert any(not torch.equal(value, averaged[key]) for key, value in now.items() if key in averaged)
+    assert main(["test", "--ckpt_path", last]) == 0
+
+
+def test_mixing_gives_soft_targets_of_both_images() -> None:
+    task = Classification("rednet26", {"num_classes": 3, "base_width": 16}, mixup=1.0, label_smoothing=0.0)
+    seen: list[torch.Tensor] = []
+    task.forward = lambda images: seen.append(images) or torch.zeros(len(images), 3, requires_grad=True)
+    task.log = lambda *args, **kwargs: None
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    np.random.seed(0)
+    loss = task.training_step((images, torch.tensor([0, 2])), 0)
+    assert loss.item() == pytest.approx(np.log(3))  # of any target that sums to one
+    first, second = seen[0][:, 0, 0, 0].tolist()
+    assert first + second == pytest.approx(1)
+    assert min(first, second) > 0
+    assert images.unique().tolist() == [0, 1]
+    task.measure("validation", (images, torch.tensor([0, 2])))
+    assert torch.equal(seen[1], images)
+    with pytest.raises(ValueError, match=r"`mixup` and `cutmix` need an even `data.batch_size`; got 1"):
+        task.training_step((images[:1], torch.tensor([0])), 0)
+    with pytest.raises(ValueError, match="`cutmix` must be at least 0; got -1"):
+        Classification("rednet26", {"num_classes": 3}, cutmix=-1)
+
+
 @pytest.mark.parametrize("depth", [26, 38, 50, 101, 152])
 def test_published_recipes_are_those_of_the_paper(depth: int) -> None:
     recipe = yaml.safe_load((RECIPES / f"rednet{depth}.yaml").read_text())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -28,6 +29,8 @@ class Classification(Task):
         mirror: train in place of the RedNet the ResNet of the same depths and widths, which has convolutions where
             the RedNet has involutions.
         label_smoothing: share of the target spread evenly over all classes, from 0 to 1.
+        mixup: alpha of the mixing of images with one another; 0: none. With it batches are even.
+        cutmix: alpha of the pasting of images into one another; 0: none. Steps choose by chance, where both are asked.
         training: how it is trained; see `Task`.
 
     Shapes: forward maps images (B, in_chans, H, W) to logits (B, num_classes); predicting gives classes, (B,).
@@ -44,12 +47,20 @@ class Classification(Task):
         options: dict[str, Any] | None = None,
         mirror: bool = False,
         label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if alpha < 0:
+                raise ValueError(f"`{name}` must be at least 0; got {alpha}.")
         self.keep(build(arch, options, mirror))
         self.in_chans = (options or {}).get("in_chans", 3)  # timm's default for every network
         self.num_classes = classes = self.net.num_classes
+        self._mix = None
+        if mixup or cutmix:
+            self._mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes)
         self.accuracies = nn.ModuleDict(
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in _STAGES}
         )
@@ -75,9 +86,14 @@ class Classification(Task):
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, classes = batch
+        target, smoothing = classes, self.hparams["label_smoothing"] if stage == "train" else 0.0
+        if self._mix is not None and stage == "train":
+            if len(classes) % 2:
+                raise ValueError(f"`mixup` and `cutmix` need an even `data.batch_size`; got {len(classes)}.")
+            images, target = self._mix(images.clone(), classes)  # it mixes in place, and smooths too
+            smoothing = 0.0
         logits = self(images)
-        smoothing = self.hparams["label_smoothing"] if stage == "train" else 0.0
-        loss = F.cross_entropy(logits, classes, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
         accuracy = self.accuracies[f"{stage}_accuracy"]
         accuracy(logits, classes)
         how = {"on_step": False, "on_epoch": True, "batch_size": len(classes)}

@@ -242,6 +242,8 @@ def _calm() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
     # Every fit has a folder of its own, so the one a checkpoint comes from is always another.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # The averaged weights are those a checkpoint holds, so a test has what it needs.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading a checkpoint")
     # Lightning's own use of torch and jsonargparse, which nobody who reads of it here could change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")

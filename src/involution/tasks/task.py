@@ -42,6 +42,7 @@ class Task(LightningModule):
         milestones: of "step", as shares of all steps.
         floor: share of `lr` below which "cosine" and "poly" do not go.
         channels_last: keep images and features with channels innermost in memory, the faster layout of involution.
+        compile: train the network compiled by torch; for images of one size.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -63,6 +64,7 @@ class Task(LightningModule):
         milestones: Sequence[float] = (8 / 12, 11 / 12),
         floor: float = 0.0,
         channels_last: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if warmup < 0:
@@ -85,6 +87,11 @@ class Task(LightningModule):
     def keep(self, net: nn.Module) -> None:
         """Make `net` the network of this task, in the layout it is trained in."""
         self.net = net.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else net
+
+    def on_fit_start(self) -> None:
+        """Compile the network, in place, so that its weights keep their names."""
+        if self.hparams["compile"]:
+            self.net.compile()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the learning rate."""
