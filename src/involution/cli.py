@@ -21,6 +21,7 @@ _EXTRAS = frozenset(
         *("torchmetrics", "torchvision", "tqdm", "transformers", "yaml"),
     ]
 )
+_TOLD = {"BadItemError", "DivergedError"}  # what a run raises for the user; by name, as few commands import them
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
     "fit": "train a network by a recipe",
@@ -63,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         run()
     except ValueError as error:
-        if type(error).__name__ != "BadItemError":
+        if type(error).__name__ not in _TOLD:
             raise
         told = str(error).rpartition("BadItemError: ")[2]  # a worker process sends its traceback along
         return _refuse(told)

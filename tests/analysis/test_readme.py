@@ -78,3 +78,23 @@ def test_rows_of_a_gpu_are_told_apart(tmp_path):
     assert text.count("On a GPU, the layer (bfloat16, channels_last).") == 1
     assert "| rednet50 / resnet50 |" in text
     assert "copy of" not in text
+
+
+def test_scenes_are_told_with_the_measures_they_have(tmp_path):
+    (tmp_path / "scenes").mkdir()
+    for name, measure in (("boxes", "AP50,0.8765"), ("maps", "mIoU,0.7512")):
+        column, value = measure.split(",")
+        (tmp_path / "scenes" / f"{name}.csv").write_text(
+            f"recipe,model,parameters,{column},minutes,threads,device,torch,commit\n"
+            f"scenes/{name},rednet26,1234567,{value},5.5,2,a processor,2.14,abc1234\n"
+        )
+    told = measurements(tmp_path).splitlines()
+    assert told[0].endswith(
+        "On a processor, torch 2.14; boxes: 2 threads, commit abc1234; maps: 2 threads, commit abc1234."
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in told[2:]]
+    assert cells[0] == ["recipe", "backbone", "parameters", "AP50", "mIoU", "minutes of training"]
+    assert cells[2:] == [
+        ["scenes/boxes", "rednet26", "1,234,567", "87.6%", "-", "5.5"],
+        ["scenes/maps", "rednet26", "1,234,567", "-", "75.1%", "5.5"],
+    ]

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from involution.cli import main
 from involution.tasks.classification import Classification
 from involution.tasks.report import Row, measure, table
 
@@ -120,3 +123,15 @@ def test_the_table_has_a_row_for_each_network():
         "| a      |     1.50 M |       2.00 M |         3.00 ms |         97.5% |",
         "| longer |     0.00 M |       0.00 M |        30.00 ms |        100.0% |",
     ]
+
+
+def test_a_run_that_diverges_stops_with_advice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_net = ["--model.options.base_width", "16", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
+    assert main(["fit", *small_net, "--model.lr", "1e38", "--model.warmup", "0", "--model.optimizer", "sgd"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"involution: the loss is (nan|inf) at step \d, in epoch 1, at the learning rate [\d.]+e\+3\d. As the authors "
+        r"advise, clip gradients \(`--trainer.gradient_clip_val 5`\) or lower `--model.lr`.",
+        line,
+    )

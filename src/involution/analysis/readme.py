@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from involution.analysis import record, table
@@ -9,6 +10,8 @@ from involution.analysis.record import Row
 
 _BEGIN = "<!-- measurements: `involution bench readme` writes what follows -->"
 _END = "<!-- end of measurements -->"
+# Columns of scenes/*.csv that are shown, and their heads.
+_ACCURACIES = {"AP": "AP", "AP50": "AP50", "mask_AP": "mask AP", "mask_AP50": "mask AP50", "mIoU": "mIoU"}
 _NONE = "There are no committed measurements yet; `involution bench op` and `involution bench model` take them."
 
 
@@ -30,9 +33,12 @@ def readme(file: Path = Path("README.md"), folder: Path = Path("benchmarks")) ->
 
 
 def measurements(folder: Path) -> str:
-    """The newest rows of op.csv, model.csv and gpu.csv in `folder` as Markdown, or a sentence that there are none."""
+    """The newest rows of op.csv, model.csv and gpu.csv in `folder`, and those of scenes/*.csv, as Markdown.
+
+    Or a sentence that there are none.
+    """
     op, model, gpu = (_newest(folder / f"{name}.csv") for name in ("op", "model", "gpu"))
-    return "\n\n".join([*_operator(op), *_networks(model), *_gpu(gpu)]) or _NONE
+    return "\n\n".join([*_operator(op), *_networks(model), *_gpu(gpu), *_scenes(folder / "scenes")]) or _NONE
 
 
 def _newest(path: Path) -> list[Row]:
@@ -71,6 +77,29 @@ def _gpu(rows: list[Row]) -> list[str]:
         if networks:
             parts += [f"On a GPU, networks ({setting[1]}): time and peak memory, divided.", table.summary(networks)]
     return parts
+
+
+def _scenes(folder: Path) -> list[str]:
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            rows += list(csv.DictReader(file))
+    if not rows:
+        return []
+    names = [name for name in _ACCURACIES if any(row.get(name) for row in rows)]
+    lines = [("recipe", "backbone", "parameters", *(_ACCURACIES[name] for name in names), "minutes of training")]
+    for row in rows:
+        shares = (f"{float(row[name]):.1%}" if row.get(name) else "-" for name in names)
+        lines.append((row["recipe"], row["model"], f"{int(row['parameters']):,}", *shares, row["minutes"]))
+    runs = dict.fromkeys(
+        f"{row['recipe'].rpartition('/')[2]}: {row['threads']} threads, commit {row['commit']}" for row in rows
+    )
+    told = (
+        "Scenes of handwritten digits: detectors and segmentors on small RedNets, each trained like its mirror by "
+        f"`make bench-scenes`; accuracy on test scenes. On {rows[0]['device']}, torch {rows[0]['torch']}; "
+        f"{'; '.join(runs)}."
+    )
+    return [told, table.markdown(lines)]
 
 
 def _measured(rows: list[Row]) -> str:

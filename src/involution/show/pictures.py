@@ -15,6 +15,7 @@ from involution.show.capture import Captured
 from involution.show.measures import Group, colours
 
 _MARKS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#2e933c", "#e07a1f")  # of points
+_ROW = 4  # panels that go into one
 _SIGNED = "RdBu_r"  # red where positive, blue where negative
 Point = tuple[float, float]
 
@@ -125,9 +126,9 @@ def footprint(captured: Captured, row: int, column: int, size: tuple[int, int]) 
 def _grid(count: int, picture: Image, title: str) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
-    columns = min(count, max(2, math.ceil(math.sqrt(count))))
+    columns = count if count <= _ROW else math.ceil(math.sqrt(count))
     lines = -(-count // columns)
-    wide = 2.1 if count > 2 else 4.2
+    wide = 2.1 if count > _ROW else 3.4
     high = wide * picture.height / picture.width
     figure = Figure(figsize=(wide * columns + 0.8, (high + 0.3) * lines + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11)

@@ -22,6 +22,10 @@ _SCHEDULES = ("cosine", "cosine_by_epoch", "step", "poly")
 _STEP, _POWER = 0.1, 0.9  # of the step and poly schedules
 
 
+class DivergedError(ValueError):
+    """Training that has left all bounds: one sentence with the step, the learning rate, and what to do."""
+
+
 class Task(LightningModule):
     """A network and how it is trained.
 
@@ -96,6 +100,18 @@ class Task(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the learning rate."""
         self.log("lr", self.lr_schedulers().get_last_lr()[0])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop when the loss is no number any more; on a GPU, which would have to wait, look at it now and then."""
+        loss, trainer = outputs["loss"], self.trainer
+        looks = loss.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
+        if looks and not loss.isfinite():
+            rate = self.lr_schedulers().get_last_lr()[0]
+            raise DivergedError(
+                f"the loss is {float(loss)} at step {trainer.global_step}, in epoch {trainer.current_epoch + 1}, at "
+                f"the learning rate {rate:g}. As the authors advise, clip gradients "
+                "(`--trainer.gradient_clip_val 5`) or lower `--model.lr`."
+            )
 
     def measure(self, stage: str, batch: Any) -> None:
         """Compare what the network finds in a batch with its targets; `stage` is "validation" or "test"."""
