@@ -78,6 +78,14 @@ def test_pictures_statistics_page_and_animation(files: Path, capsys: pytest.Capt
     assert change[3] == 0  # a convolution's kernel stays
 
 
+def test_an_animation_may_be_webp(files: Path) -> None:
+    args = ["show", "noise.png", "--checkpoint=net.safetensors", "--animate=webp", "--layer=layer4"]
+    assert main(args) == 0
+    with Image.open("runs/show/layer4.0.conv2/group0.webp") as animation:
+        assert animation.format == "WEBP"
+        assert animation.n_frames == 2 * 4
+
+
 def test_layers_are_chosen_by_name_or_block(files: Path) -> None:
     for layer, found in (("stem", {"stem.conv2"}), ("layer2", {"layer2.0.conv2", "layer2.1.conv2"})):
         assert main(["show", "noise.png", "--checkpoint=net.safetensors", "--layer", layer, "--out", layer]) == 0
