@@ -98,5 +98,5 @@ def test_the_largest_network_takes_seconds(tmp_path: Path) -> None:
     torch.save({"state_dict": to_official(timm.create_model("rednet152").state_dict())}, tmp_path / "official.pth")
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     assert main(["convert", str(tmp_path / "official.pth"), str(tmp_path / "out.safetensors")]) == 0
-    assert time.process_time() - start < 2 * 5  # of two cores, whatever else the machine does
+    assert time.process_time() - start < 5  # of the processor, whatever else the machine does
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
