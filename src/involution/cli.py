@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from involution.names import unknown
+from involution.recipes import recipe, recipes
 
 _DEFAULT_RECIPE = "digits"
 _NEEDS = {"bench": "benchmarking", "convert": "converting", "show": "drawing", "table": "counting"}
@@ -30,6 +30,7 @@ _COMMANDS = {
     "predict": "find the classes, boxes, masks or maps of images, and draw them",
     "show": "draw the kernels a network generates for an image",
     "convert": "turn a checkpoint of the official code into one that timm loads, and measure it",
+    "study": "put a claim to the test: train its variants over seeds, and compare them",
     "table": "build and count the networks of the paper's tables, beside what was published",
     "bench": "time the operator, its variants or networks against their rivals on this machine",
 }
@@ -133,7 +134,13 @@ def _show() -> Any:
     return show
 
 
-_FUNCTIONS = {"bench": _bench, "convert": _convert, "show": _show, "table": _table}
+def _study() -> Any:
+    from involution.studies.command import study
+
+    return study
+
+
+_FUNCTIONS = {"bench": _bench, "convert": _convert, "show": _show, "study": _study, "table": _table}
 
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:
@@ -146,8 +153,8 @@ def _with_recipe(args: list[str]) -> tuple[list[str], str]:
         args, places = ["--config", _default(args), *args], [1]
     name = args[places[-1]].removesuffix(".yaml")
     for place in places:
-        args[place] = str(_recipe(args[place]))
-    return args, name if name in _recipes() else Path(name).stem
+        args[place] = str(recipe(args[place]))
+    return args, name if name in recipes() else Path(name).stem
 
 
 def _default(args: list[str]) -> str:
@@ -161,24 +168,6 @@ def _default(args: list[str]) -> str:
     return _DEFAULT_RECIPE
 
 
-def _recipe(name: str) -> Path:
-    """The file of a recipe, given by the name of a packaged one or by path."""
-    packaged = _recipes()
-    if name.removesuffix(".yaml") in packaged:
-        return packaged[name.removesuffix(".yaml")]
-    if Path(name).is_file():
-        return Path(name)
-    raise ValueError(
-        unknown("recipe", name, packaged) + " `involution --help` lists all; one of your own is given by its path."
-    )
-
-
-def _recipes() -> dict[str, Path]:
-    """The packaged ones, by names such as digits and scenes/faster_rcnn."""
-    folder = Path(str(files("involution") / "recipes"))
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-
-
 def _help() -> str:
     width = max(map(len, _COMMANDS))
     return "\n".join(
@@ -190,7 +179,7 @@ def _help() -> str:
             "commands:",
             *(f"  {name:<{width}}  {text}" for name, text in _COMMANDS.items()),
             "",
-            *wrap(f"recipes: {', '.join(_recipes())} (default {_DEFAULT_RECIPE}), or a file's path", 120),
+            *wrap(f"recipes: {', '.join(recipes())} (default {_DEFAULT_RECIPE}), or a file's path", 120),
             "",
             "examples:",
             "  involution compare",
@@ -201,6 +190,7 @@ def _help() -> str:
             "  involution show photograph.jpg --checkpoint rednet50.safetensors",
             "  involution convert rednet50.pth rednet50.safetensors --evaluate imagenet/val",
             "  involution table imagenet --latency true",
+            "  involution study cost",
             "  involution bench op --dtype bfloat16",
             "",
             "`involution COMMAND --help` lists every setting; `compare` takes those of `fit`.",

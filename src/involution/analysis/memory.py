@@ -45,8 +45,19 @@ def _measure(prepare: Callable[..., tuple[Step, Step]], *args: Any) -> float:
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     warm_up, step = prepare(*args)
     warm_up()
+    return rise_mib(step) or 0.0
+
+
+def rise_mib(step: Step) -> float | None:
+    """Run `step`; the MiB by which it raises the resident memory of this process, at its highest.
+
+    None where the system cannot tell, without Linux's /proc.
+    """
+    if not (_RESET.exists() and _STATUS.exists()):
+        step()
+        return None
     gc.collect()
-    libc.malloc_trim(0)  # else the step would reuse freed memory that still counts as resident
+    ctypes.CDLL(None).malloc_trim(0)  # else the step would reuse freed memory that still counts as resident
     before = _kib("VmRSS")
     _RESET.write_text("5")  # sets the highest resident size so far to the present one
     step()

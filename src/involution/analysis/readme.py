@@ -25,11 +25,20 @@ def readme(file: Path = Path("README.md"), folder: Path = Path("benchmarks")) ->
     Raises:
         ValueError: if the file lacks the comments, or a CSV file has other columns than those of today.
     """
-    head, begin, rest = file.read_text().partition(_BEGIN)
-    _, end, tail = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"`file` must hold the lines {_BEGIN!r} and {_END!r}; {file} does not.")
-    file.write_text(f"{head}{begin}\n\n{measurements(folder)}\n\n{end}{tail}")
+    between(file, _BEGIN, _END, measurements(folder))
+
+
+def between(file: Path, begin: str, end: str, text: str) -> None:
+    """Put `text` between two comments of a text file, in place of what is there.
+
+    Raises:
+        ValueError: if the file lacks the comments.
+    """
+    head, first, rest = file.read_text().partition(begin)
+    _, last, tail = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"`file` must hold the lines {begin!r} and {end!r}; {file} does not.")
+    file.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
 
 
 def measurements(folder: Path) -> str:

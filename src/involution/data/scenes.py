@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +20,13 @@ from tqdm import tqdm
 from involution.data.digits import split
 from involution.data.items import Item, lists
 
+Kept = TypeVar("Kept")
+
 _INK = 16  # value of a black pixel in a scan
 _TRIALS = 30  # places tried for a digit
 _VISIBLE = 0.5  # of the ink, where a pixel belongs to the digit
-_SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
+Scene = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -82,15 +89,7 @@ class Scenes(Dataset[Item]):
     """
 
     def __init__(self, split_name: str, count: int, look: Look, seed: int = 0) -> None:
-        if split_name not in _SPLITS:
-            raise ValueError(f"`split_name` must be one of {', '.join(_SPLITS)}; got {split_name!r}.")
-        scans = load_digits()
-        number = _SPLITS.index(split_name)
-        chosen = split(scans.target)[number]
-        images, classes = scans.images[chosen], scans.target[chosen]
-        numbers = tqdm(range(count), f"composing {split_name} scenes", file=sys.stderr, leave=False, disable=None)
-        # This generator's stream is frozen, unlike that of numpy's newer ones.
-        self._scenes = [compose(np.random.RandomState((seed, number, i)), images, classes, look) for i in numbers]
+        self._scenes = first(composed(split_name, look, seed), count, f"composing {split_name} scenes")
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -99,7 +98,7 @@ class Scenes(Dataset[Item]):
         image, owner, labels = self._scenes[index]
         ids = np.arange(1, len(labels) + 1)
         masks = torch.from_numpy((owner == ids[:, None, None]).astype(np.uint8))
-        boxes = [_box(mask) for mask in masks.numpy()]
+        boxes = [bounds(mask) for mask in masks.numpy()]
         classes = torch.from_numpy(np.concatenate([[0], labels])).long()
         target = {
             "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -110,8 +109,8 @@ class Scenes(Dataset[Item]):
         return torch.from_numpy(image).permute(2, 0, 1).float() / 255, target
 
 
-class DigitScenes(LightningDataModule):
-    """Scenes of digits for detection, instance and semantic segmentation; see `Scenes` for what a batch lists.
+class SceneModule(LightningDataModule):
+    """Scenes of digits; see its subclasses for what is asked about them.
 
     Args:
         look: how scenes are composed.
@@ -123,17 +122,10 @@ class DigitScenes(LightningDataModule):
 
     Raises:
         ValueError: if a setting is out of range.
-
-    Example:
-        >>> scenes = DigitScenes(train_scenes=4, validation_scenes=0, test_scenes=0, batch_size=2)
-        >>> scenes.setup()
-        >>> images, targets = next(iter(scenes.train_dataloader()))
-        >>> images[0].shape, sorted(targets[0])
-        (torch.Size([3, 128, 128]), ['boxes', 'labels', 'map', 'masks'])
     """
 
-    classes = tuple("0123456789")
-    map_classes = ("background", *classes)
+    kind: Callable[[str, int, Look, int], Dataset[Any]]
+    collate: Callable[[list[Any]], Any]
 
     def __init__(
         self,
@@ -153,38 +145,85 @@ class DigitScenes(LightningDataModule):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}; got {value}.")
         self.look, self.batch_size, self.seed = look, batch_size, seed
-        self._counts = dict(zip(_SPLITS, counts.values(), strict=True))
-        self._scenes: dict[str, Scenes] = {}
+        self._counts = dict(zip(SPLITS, counts.values(), strict=True))
+        self._scenes: dict[str, Dataset[Any]] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Compose what the stage of Lightning needs, all by default; once."""
-        needed = {"fit": _SPLITS[:2], "validate": _SPLITS[1:2], "test": _SPLITS[2:], "predict": _SPLITS[2:]}
-        for name in needed.get(stage or "", _SPLITS):
+        needed = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
+        for name in needed.get(stage or "", SPLITS):
             if name not in self._scenes:
-                self._scenes[name] = Scenes(name, self._counts[name], self.look, self.seed)
+                self._scenes[name] = _dataset(type(self).kind, name, self._counts[name], self.look, self.seed)
 
-    def train_dataloader(self) -> DataLoader[Item]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """The training scenes in a new order every epoch; an incomplete last batch is left out."""
-        return DataLoader(
-            self._scenes["train"], batch_size=self.batch_size, shuffle=True, drop_last=True, collate_fn=lists
-        )
+        return self._loader("train", shuffle=True, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[Item]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """The validation scenes, in order."""
-        return DataLoader(self._scenes["validation"], batch_size=self.batch_size, collate_fn=lists)
+        return self._loader("validation")
 
-    def test_dataloader(self) -> DataLoader[Item]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """The test scenes, in order."""
-        return DataLoader(self._scenes["test"], batch_size=self.batch_size, collate_fn=lists)
+        return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Item]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The test scenes, in order."""
         return self.test_dataloader()
 
+    def _loader(self, split_name: str, **settings: Any) -> DataLoader[Any]:
+        scenes = self._scenes[split_name]
+        return DataLoader(scenes, batch_size=self.batch_size, collate_fn=type(self).collate, **settings)
 
-def compose(
-    random: np.random.RandomState, scans: NDArray[np.float64], classes: NDArray[np.int64], look: Look
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
+
+class DigitScenes(SceneModule):
+    """Scenes of digits for detection, instance and semantic segmentation; see `Scenes` for what a batch lists.
+
+    Example:
+        >>> scenes = DigitScenes(train_scenes=4, validation_scenes=0, test_scenes=0, batch_size=2)
+        >>> scenes.setup()
+        >>> images, targets = next(iter(scenes.train_dataloader()))
+        >>> images[0].shape, sorted(targets[0])
+        (torch.Size([3, 128, 128]), ['boxes', 'labels', 'map', 'masks'])
+    """
+
+    classes = tuple("0123456789")
+    map_classes = ("background", *classes)
+    kind = Scenes
+    collate = staticmethod(lists)
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _dataset(
+    kind: Callable[[str, int, Look, int], Dataset[Any]], split_name: str, count: int, look: Look, seed: int
+) -> Dataset[Any]:
+    """Composed once for all trainings of a process, which often ask for the same."""
+    return kind(split_name, count, look, seed)
+
+
+def first(scenes: Iterator[Kept], count: int, doing: str) -> list[Kept]:
+    """The first `count`, with a progress bar."""
+    shown = tqdm(itertools.islice(scenes, count), doing, count, file=sys.stderr, leave=False, disable=None)
+    return list(shown)
+
+
+def composed(split_name: str, look: Look, seed: int = 0) -> Iterator[Scene]:
+    """Scenes of one split without end, the same on every machine; see `Scenes` and `compose`.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    if split_name not in SPLITS:
+        raise ValueError(f"`split_name` must be one of {', '.join(SPLITS)}; got {split_name!r}.")
+    scans = load_digits()
+    number = SPLITS.index(split_name)
+    chosen = split(scans.target)[number]
+    images, classes = scans.images[chosen], scans.target[chosen]
+    # This generator's stream is frozen, unlike that of numpy's newer ones.
+    return (compose(np.random.RandomState((seed, number, i)), images, classes, look) for i in itertools.count())
+
+
+def compose(random: np.random.RandomState, scans: NDArray[np.float64], classes: NDArray[np.int64], look: Look) -> Scene:
     """One scene: paper, clutter, and digits in the order of their labels, the later in front.
 
     Args:
@@ -255,7 +294,7 @@ def _render(scan: NDArray[np.float64], side: int, turn: float) -> NDArray[np.flo
     seen = ink >= _VISIBLE
     if not seen.any():
         return np.zeros((1, 1))
-    left, top, right, bottom = _box(seen)
+    left, top, right, bottom = bounds(seen)
     return ink[top:bottom, left:right]
 
 
@@ -285,7 +324,7 @@ def _covered(box: tuple[int, int, int, int], other: tuple[int, int, int, int]) -
     return max(0, width) * max(0, height) / min(areas)
 
 
-def _box(mask: NDArray[np.generic]) -> tuple[int, int, int, int]:
+def bounds(mask: NDArray[np.generic]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what is not zero, in pixels; the last two are the first outside."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

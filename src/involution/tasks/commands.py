@@ -32,6 +32,7 @@ DATASETS = {
     "digits": "involution.data.digits:Digits",
     "imagenet": "involution.data.imagenet:ImageNet",
     "scenes": "involution.data.scenes:DigitScenes",
+    "largest": "involution.data.largest:LargestDigit",
     "coco": "involution.data.coco:Coco",
     "cityscapes": "involution.data.cityscapes:Cityscapes",
 }
