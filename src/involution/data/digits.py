@@ -10,7 +10,9 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from involution.data.order import loader
 
 TEST_IMAGES, VALIDATION_IMAGES = 500, 197
 _SCAN = 8  # pixels a side
@@ -71,30 +73,34 @@ class Digits(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The training images in a new order every epoch; an incomplete last batch is left out."""
-        order = RandomSampler(self.train)
-        return _loader(self.train, BatchSampler(order, min(self.batch_size, len(self.train)), drop_last=True))
+        moved = _Moved(self.train, 2 * self.max_shift / _SCAN, self.max_turn)
+        return loader(moved, self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader:
         """The validation images, in order."""
-        return self._in_order(self.validation)
+        return loader(self.validation, 2 * self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """The test images, in order."""
-        return self._in_order(self.test)
+        return loader(self.test, 2 * self.batch_size)
 
     def predict_dataloader(self) -> DataLoader:
         """The test images, in order."""
-        return self._in_order(self.test)
+        return loader(self.test, 2 * self.batch_size)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Shift and rotate the images of a training step; Lightning calls it on every batch."""
-        images, classes = batch
-        if self.trainer is not None and self.trainer.training:
-            images = _move(images, 2 * self.max_shift / _SCAN, self.max_turn)
-        return images, classes
 
-    def _in_order(self, images: TensorDataset) -> DataLoader:
-        return _loader(images, BatchSampler(SequentialSampler(images), 2 * self.batch_size, drop_last=False))
+class _Moved(Dataset[tuple[Tensor, Tensor]]):
+    """Images with classes, each image shifted by up to `max_shift` half-widths and turned by up to `max_turn` degrees."""
+
+    def __init__(self, images: TensorDataset, max_shift: float, max_turn: float) -> None:
+        self._images, self._max_shift, self._max_turn = images, max_shift, max_turn
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, digit = self._images[index]
+        return _move(image[None], self._max_shift, self._max_turn)[0], digit
 
 
 def split(classes: Any) -> tuple[Any, Any, Any]:
@@ -102,11 +108,6 @@ def split(classes: Any) -> tuple[Any, Any, Any]:
     rest, test = train_test_split(range(len(classes)), test_size=TEST_IMAGES, stratify=classes, random_state=0)
     train, validation = train_test_split(rest, test_size=VALIDATION_IMAGES, stratify=classes[rest], random_state=0)
     return train, validation, test
-
-
-def _loader(images: TensorDataset, batches: BatchSampler) -> DataLoader:
-    # The sampler hands out whole batches of indices: one slice of the tensors instead of an item at a time.
-    return DataLoader(images, sampler=batches, batch_size=None)
 
 
 def _move(images: Tensor, max_shift: float, max_turn: float) -> Tensor:

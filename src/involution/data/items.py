@@ -13,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from involution.data.order import loader
+
 Kept = TypeVar("Kept")  # an item of any kind
 Item = tuple[Tensor, dict[str, Tensor]]
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -101,7 +103,7 @@ class ItemsModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training images in a new order every epoch; an incomplete last batch is left out."""
-        return self._loader("train", self.batch_size, shuffle=True)
+        return self._loader("train", self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation images, in order."""
@@ -115,16 +117,8 @@ class ItemsModule(LightningDataModule):
         """The validation images, in order."""
         return self._loader("val", self.batch_measured)
 
-    def _loader(self, split: str, size: int, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            self._sets[split],
-            batch_size=size,
-            shuffle=shuffle,
-            drop_last=shuffle,
-            num_workers=self._workers,
-            collate_fn=self.collate,
-            persistent_workers=self._workers > 0,
-        )
+    def _loader(self, split: str, size: int, train: bool = False) -> DataLoader[Any]:
+        return loader(self._sets[split], size, train, self._workers, self.collate)
 
 
 def lists(items: Sequence[Item | None]) -> Batch:

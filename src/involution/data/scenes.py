@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from involution.data.digits import split
 from involution.data.items import Item, lists
+from involution.data.order import loader
 
 Kept = TypeVar("Kept")
 
@@ -157,7 +158,7 @@ class SceneModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training scenes in a new order every epoch; an incomplete last batch is left out."""
-        return self._loader("train", shuffle=True, drop_last=True)
+        return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation scenes, in order."""
@@ -171,9 +172,10 @@ class SceneModule(LightningDataModule):
         """The test scenes, in order."""
         return self.test_dataloader()
 
-    def _loader(self, split_name: str, **settings: Any) -> DataLoader[Any]:
-        scenes = self._scenes[split_name]
-        return DataLoader(scenes, batch_size=self.batch_size, collate_fn=type(self).collate, **settings)
+    def _loader(self, split_name: str) -> DataLoader[Any]:
+        return loader(
+            self._scenes[split_name], self.batch_size, train=split_name == "train", collate=type(self).collate
+        )
 
 
 class DigitScenes(SceneModule):

@@ -33,6 +33,7 @@ DATASETS = {
     "imagenet": "involution.data.imagenet:ImageNet",
     "scenes": "involution.data.scenes:DigitScenes",
     "largest": "involution.data.largest:LargestDigit",
+    "pairs": "involution.data.pairs:Pairs",
     "coco": "involution.data.coco:Coco",
     "cityscapes": "involution.data.cityscapes:Cityscapes",
 }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from involution.data.order import seed_all
 from involution.names import unknown
 from involution.weights import mismatch
 
@@ -98,7 +101,9 @@ class Task(LightningModule):
             self.net.compile()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log the learning rate."""
+        """Log the learning rate, and seed what the step draws, so that a step is the same whenever it is taken."""
+        numbers = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.global_rank, self.trainer.current_epoch, batch_idx)
+        seed_all(np.random.SeedSequence(numbers).generate_state(1).item())
         self.log("lr", self.lr_schedulers().get_last_lr()[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -1,0 +1,156 @@
+"""The order in which items are loaded: the same in every start, on any number of processes, and from any batch on."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+def loader(
+    items: Any,
+    batch_size: int,
+    train: bool = False,
+    workers: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
+    """Loads this process's share of a data set in batches.
+
+    In training the order changes with every epoch, whatever of an item is random is drawn anew, and an incomplete last
+    batch is left out. Both follow from Lightning's seed, the epoch and the item alone, so a training goes on from the
+    middle of an epoch as if it had never stopped: Lightning keeps the loader's `state_dict` in its checkpoints. Batches
+    of several processes together are those of one process with as many times the `batch_size`.
+
+    Otherwise each item is loaded exactly once, in order, also where processes get different numbers of them.
+
+    Args:
+        items: a data set with a length.
+        batch_size: items of a batch, in each process.
+        train: load to train on.
+        workers: processes that read items.
+        collate: what makes a batch of items.
+    """
+    order = Order(len(items), batch_size, train, int(os.environ.get("PL_GLOBAL_SEED", 0)))
+    return (Resumable if train else DataLoader)(
+        Drawn(items),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+    )
+
+
+class Order(DistributedSampler[Any]):
+    """The items of one process in an epoch, each with the seed of what is random in it.
+
+    A subclass of torch's sampler so that Lightning tells it the epoch and does not put its own in place, which repeats
+    items where they do not come out even.
+
+    Args:
+        count: items of the data set.
+        batch_size: of each process; in training no process begins a batch that another cannot fill.
+        train: a new order in every epoch, and only full batches.
+        seed: of the order.
+
+    Attributes:
+        skipped: an epoch, and how many batches are left out at its beginning when it is next iterated over.
+
+    Raises:
+        ValueError: if there are not enough items to train on for one batch of every process.
+    """
+
+    def __init__(self, count: int, batch_size: int, train: bool, seed: int = 0) -> None:
+        ranks = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
+        super().__init__(cast(Any, range(count)), *ranks, shuffle=train, seed=seed)
+        self._end = count - count % (batch_size * ranks[0]) if train else count
+        if train and not self._end:
+            raise ValueError(
+                f"`batch_size` must be at most {count // ranks[0]}, for {count} items to train on make no full batch "
+                f"for each of {ranks[0]} process(es); got {batch_size}."
+            )
+        self._count, self._batch_size = count, batch_size
+        self.skipped = (0, 0)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        count = self._count
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        seeds = torch.randint(2**32, (count,), generator=generator)
+        mine = order[self.rank : self._end : self.num_replicas]
+        drawn = zip(mine.tolist(), seeds[mine].tolist(), strict=True)
+        return islice(drawn, self._batch_size * self.batches_skipped, None)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self._end, self.num_replicas))
+
+    @property
+    def batches_skipped(self) -> int:
+        """Batches left out at the beginning of this epoch."""
+        epoch, batches = self.skipped
+        return batches if epoch == self.epoch else 0
+
+
+class Resumable(DataLoader[Any]):
+    """A loader of training batches by `Order` that can be put in the middle of an epoch."""
+
+    sampler: Order
+    _batches = 0  # of this epoch that were handed out, or left out as they had been before
+
+    def __iter__(self) -> Any:
+        self._batches = self.sampler.batches_skipped
+        # begun when the first batch is asked for, after Lightning has told the epoch: workers read ahead at once
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self.sampler.epoch, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """When the epoch of `state` is next iterated over, begin behind its batches."""
+        self.sampler.skipped = (state["epoch"], state["batches"])
+
+
+class Drawn(Dataset[Any]):
+    """A data set whose items are asked for with a seed: what is random in an item is the same for the same seed."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, asked: tuple[int, int]) -> Any:
+        return self.__getitems__([asked])[0]
+
+    def __getitems__(self, asked: Sequence[tuple[int, int]]) -> list[Any]:
+        """The items of a batch; torch's loader calls it."""
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            return [self._item(*one) for one in asked]
+        finally:  # in the main process training draws from the same generators
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    def _item(self, index: int, seed: int) -> Any:
+        seed_all(seed)
+        return self.items[index]
+
+
+def seed_all(seed: int) -> None:
+    """Seed all generators that training draws from, by a number below 2**32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a thousand times as long without a GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
