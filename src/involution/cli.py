@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from importlib.util import find_spec
 from pathlib import Path
+from signal import SIGTERM
 from textwrap import wrap
 from typing import Any
 
@@ -22,6 +24,7 @@ _EXTRAS = frozenset(
     ]
 )
 _TOLD = {"BadItemError", "DivergedError"}  # what a run raises for the user; by name, as few commands import them
+_DISK = {ENOSPC, EDQUOT, EACCES, EPERM, EROFS, EFBIG, ENOTDIR}
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",
     "fit": "train a network by a recipe",
@@ -43,7 +46,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after `involution`. Default: those of this process.
 
     Returns:
-        The exit code: 0, or 2 after a mistake of the user, which is told in one line on stderr.
+        The exit code: 0, or 2 after a mistake of the user or when a disk is full, which is told in one line on stderr;
+        143 if the system ended the process.
 
     Errors inside a run that has begun are not the user's, and keep their traceback.
     """
@@ -69,6 +73,18 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         told = str(error).rpartition("BadItemError: ")[2]  # a worker process sends its traceback along
         return _refuse(told)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _refuse(
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}. What was complete is untouched: make "
+            "room, or give another `--folder`; a fit goes on by `--ckpt_path last`."
+        )
+    except SystemExit as error:
+        if type(error).__name__ != "SIGTERMException":
+            raise
+        print("involution: ended by SIGTERM; a fit goes on by `--ckpt_path last`.", file=sys.stderr)
+        return 128 + SIGTERM
     return 0
 
 

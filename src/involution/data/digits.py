@@ -90,7 +90,7 @@ class Digits(LightningDataModule):
 
 
 class _Moved(Dataset[tuple[Tensor, Tensor]]):
-    """Images with classes, each image shifted by up to `max_shift` half-widths and turned by up to `max_turn` degrees."""
+    """Images with classes, each image shifted by up to `max_shift` half-widths and turned by up to `max_turn`."""
 
     def __init__(self, images: TensorDataset, max_shift: float, max_turn: float) -> None:
         self._images, self._max_shift, self._max_turn = images, max_shift, max_turn

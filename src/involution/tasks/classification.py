@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from involution.models.stages import build
@@ -64,6 +65,8 @@ class Classification(Task):
         self.accuracies = nn.ModuleDict(
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in _STAGES}
         )
+        # as a metric, which counts every image once, however many processes share them
+        self.losses = nn.ModuleDict({f"{stage}_loss": MeanMetric(nan_strategy="disable") for stage in _STAGES})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (B, num_classes)."""
@@ -96,7 +99,9 @@ class Classification(Task):
         loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
         accuracy = self.accuracies[f"{stage}_accuracy"]
         accuracy(logits, classes)
+        mean = self.losses[f"{stage}_loss"]
+        mean(loss.detach(), weight=len(classes))
         how = {"on_step": False, "on_epoch": True, "batch_size": len(classes)}
-        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", **how)  # the progress bar has room for two
+        self.log(f"{stage}/loss", mean, prog_bar=stage == "train", **how)  # the progress bar has room for two
         self.log(f"{stage}/accuracy", accuracy, prog_bar=stage != "train", **how)
         return loss

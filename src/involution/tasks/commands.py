@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from involution.names import unknown
 from involution.tasks.progress import Progress
+from involution.tasks.saves import Log, Saves, WholeFiles, newest
 from involution.tasks.task import Task
 
 # Where each is, and what a task needs of its data: imported when a recipe names it.
@@ -65,6 +66,7 @@ class Command(LightningCLI):
             raise ValueError(f"`dataset` {self._dataset} has no classes of images; choose another.")
         self._checkpoint: dict[str, Any] | None = None
         self._pictures: Any = None  # that --images names
+        self._goes_on = False  # in the folder of an earlier start
         try:
             super().__init__(
                 task,
@@ -74,6 +76,7 @@ class Command(LightningCLI):
                 load_from_checkpoint_support=False,  # the task's settings are plain values
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfigCallback if command == "fit" else None,
+                save_config_kwargs={"overwrite": True},
                 parser_kwargs={"prog": "involution", "exit_on_error": False, command: {"exit_on_error": False}},
             )
         except MisconfigurationException as error:
@@ -91,6 +94,9 @@ class Command(LightningCLI):
             images = "Images or folders of them to predict; by default those of the data set."
             parser.add_argument("--images", type=str, nargs="+", default=[], help=images)
             parser.add_argument("--least", type=float, default=0.5, help="Score from which detections are drawn.")
+        every = "Optimizer steps of a fit between two checkpoints to go on from, by --ckpt_path last."
+        parser.add_argument("--save_every", type=PositiveInt, default=500, help=every)
+        parser.add_argument("--keep", type=PositiveInt, default=2, help="How many of them are kept, the newest.")
         if self._classes is not None:
             parser.link_arguments(f"data.{self._classes}", "model.classes", apply_on="instantiate")
         parser.add_argument(
@@ -118,7 +124,11 @@ class Command(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint here, where Lightning would let it override the settings the user wrote."""
-        path = self.config[self._command].get("ckpt_path")
+        settings = self.config[self._command]
+        path = settings.get("ckpt_path")
+        if path == "last" and self._command == "fit":
+            path = settings["ckpt_path"] = newest(Path(settings["folder"]) / "checkpoints")
+            self._goes_on = True
         if path is None and self._command == "fit":
             return
         if path is None:
@@ -135,6 +145,7 @@ class Command(LightningCLI):
             raise ValueError(f"`ckpt_path` must be a checkpoint that a fit has written; {path} is none.")
         if self._command == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(f"`ckpt_path` must be a checkpoint that a fit has written; {path} holds weights alone.")
+        settings["weights_only"] = True
         self._checkpoint = checkpoint
 
     def after_instantiate_classes(self) -> None:
@@ -172,11 +183,18 @@ class Command(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         if settings.enable_progress_bar is not False:
             settings.callbacks = [*(settings.callbacks or []), Progress()]
+        if self._command == "fit":
+            folder = Path(self._get(self.config, "folder"))
+            kwargs["default_root_dir"] = folder if self._goes_on else _free(folder)
+            if settings.enable_checkpointing is not False and not settings.fast_dev_run:
+                every, keep = (self._get(self.config, name) for name in ("save_every", "keep"))
+                settings.callbacks = [*(settings.callbacks or []), Saves(every, keep)]
+            kwargs["plugins"] = [*(settings.plugins or []), WholeFiles()]
         if settings.logger is None and self._command == "fit":
-            folder = _free(Path(self._get(self.config, "folder")))
-            kwargs |= {"logger": CSVLogger(folder, name="", version=""), "default_root_dir": folder}
+            steps = self._checkpoint["global_step"] if self._checkpoint else 0
+            kwargs["logger"] = Log(kwargs["default_root_dir"], steps)
         elif settings.logger is None:
-            kwargs |= {"logger": False}
+            kwargs["logger"] = False
         return super().instantiate_trainer(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
@@ -244,6 +262,11 @@ def _calm() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
     # Every fit has a folder of its own, so the one a checkpoint comes from is always another.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # The log that a fit goes on with is read before that, and written again.
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # A test needs none of the callbacks of a fit.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     # The averaged weights are those a checkpoint holds, so a test has what it needs.
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading a checkpoint")
     # Lightning's own use of torch and jsonargparse, which nobody who reads of it here could change.

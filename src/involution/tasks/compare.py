@@ -8,6 +8,7 @@ from time import perf_counter
 
 from involution.tasks.commands import Command
 from involution.tasks.report import draw_curves, measure, table, write
+from involution.tasks.saves import LAST
 
 
 class Comparison:
@@ -45,8 +46,8 @@ class Comparison:
         write(rows, self._name, minutes, rednet.model.device.type, folder / "results.csv")
         print(f"\n{table(rows)}\n")
         for what, where in (
-            ("checkpoint", rednet.trainer.checkpoint_callback.last_model_path),
-            ("mirror's", resnet.trainer.checkpoint_callback.last_model_path),
+            ("checkpoint", folder / "checkpoints" / LAST),
+            ("mirror's", folder / "mirror" / "checkpoints" / LAST),
             ("learning curves", folder / "curves.png"),
             ("results", folder / "results.csv"),
             ("configuration", folder / "config.yaml"),

@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from involution.data.order import seed_all
+from involution.data.order import Resumable, seed_all
 from involution.names import unknown
 from involution.weights import mismatch
 
@@ -83,6 +83,7 @@ class Task(LightningModule):
             raise ValueError(f"`lr_batch` must be at least 1; got {lr_batch}.")
         if schedule not in _SCHEDULES:
             raise ValueError(unknown("schedule", schedule, _SCHEDULES))
+        self._loader_states: list[dict[str, int]] = []  # of the checkpoint to go on from
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
 
     @property
@@ -99,6 +100,15 @@ class Task(LightningModule):
         """Compile the network, in place, so that its weights keep their names."""
         if self.hparams["compile"]:
             self.net.compile()
+
+    def on_train_start(self) -> None:
+        """Put the loader where the checkpoint was taken.
+
+        Lightning would, had our schedule, which needs the number of steps, not made it build the loader before.
+        """
+        loader: Any = self.trainer.train_dataloader
+        if self._loader_states and isinstance(loader, Resumable):
+            loader.load_state_dict(self._loader_states[0])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the learning rate, and seed what the step draws, so that a step is the same whenever it is taken."""
@@ -168,7 +178,9 @@ class Task(LightningModule):
         return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches / wanted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another network, before torch does in many lines."""
+        """Refuse the checkpoint of another network, before torch does in many lines; remember where its data was."""
+        states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        self._loader_states = states.get("combined_loader", [])
         problem = mismatch(self.state_dict(), checkpoint["state_dict"])
         if problem:
             raise ValueError(

@@ -1,0 +1,121 @@
+"""Interrupted fits: they go on as if nothing had happened, and leave whole checkpoints."""
+
+import csv
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from involution.cli import main
+from involution.tasks.commands import Command
+
+STEPS = 8  # of an epoch
+FIT = [
+    *("fit", "--model.options.base_width", "16", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1"),
+    *("--data.batch_size", "128", "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.accelerator", "cpu"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _at_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.action()
+
+
+@contextmanager
+def at(step, action):
+    """Lets fits do something after a step."""
+    old = Command.instantiate_trainer
+
+    def instantiate(self, **kwargs):
+        trainer = old(self, **kwargs)
+        trainer.callbacks.insert(0, At(step, action))
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Command, "instantiate_trainer", instantiate)
+        yield
+
+
+def weights(folder):
+    checkpoint = torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2 * STEPS
+    return checkpoint["state_dict"]
+
+
+def assert_same(folder, other):
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def logged(folder):
+    with (Path(folder) / "metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_a_fit_goes_on_from_any_step_to_the_same_weights():
+    assert main([*FIT, "--folder", "whole", "--save_every", "3", "--keep", "9"]) == 0
+    saved = {path.name for path in Path("whole/checkpoints").iterdir()}
+    assert saved == {"best.ckpt", "last.ckpt", *(f"step-{step}.ckpt" for step in range(3, 2 * STEPS, 3))}
+    for step in (3, 9, 15):
+        assert main([*FIT, "--folder", f"from-{step}", "--ckpt_path", f"whole/checkpoints/step-{step}.ckpt"]) == 0
+        assert_same("whole", f"from-{step}")
+
+
+def test_data_that_does_not_go_on_is_noticed(monkeypatch):
+    assert main([*FIT, "--folder", "whole", "--save_every", "3", "--keep", "9"]) == 0
+    monkeypatch.setattr("involution.data.order.Resumable.load_state_dict", lambda self, state: None)
+    assert main([*FIT, "--folder", "other", "--ckpt_path", "whole/checkpoints/step-3.ckpt"]) == 0
+    with pytest.raises(AssertionError):
+        assert_same("whole", "other")
+
+
+def test_a_process_told_to_end_saves_and_goes_on_in_its_folder(capsys):
+    assert main([*FIT, "--folder", "whole"]) == 0
+    with at(11, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert main([*FIT, "--folder", "ended", "--ckpt_path", "last"]) == 143
+    assert "ended by SIGTERM; a fit goes on by `--ckpt_path last`" in capsys.readouterr().err
+    assert [path.name for path in Path("ended/checkpoints").glob("step-*")] == ["step-11.ckpt"]
+    assert main([*FIT, "--folder", "ended", "--ckpt_path", "last"]) == 0
+    assert_same("whole", "ended")
+    assert logged("whole") == logged("ended")
+
+
+def test_only_the_newest_checkpoints_are_kept():
+    assert main([*FIT, "--folder", "few", "--save_every", "2", "--keep", "2", "--trainer.max_epochs", "1"]) == 0
+    assert {path.name for path in Path("few/checkpoints").glob("step-*")} == {"step-6.ckpt", "step-8.ckpt"}
+
+
+def test_a_full_disk_stops_with_a_sentence_and_leaves_the_last_checkpoint_whole(capsys):
+    def fill():
+        Path("full/checkpoints/step-6.ckpt.part").symlink_to("/dev/full")
+
+    with at(4, fill):
+        assert main([*FIT, "--folder", "full", "--save_every", "3", "--trainer.max_epochs", "1"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    told = "involution: full/checkpoints/step-6.ckpt cannot be written: No space left on device. What was complete is"
+    assert line.startswith(told)
+    assert torch.load("full/checkpoints/step-3.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_folder_that_cannot_be_written_is_refused(capsys):
+    Path("taken").write_text("a file")
+    assert main([*FIT, "--folder", "taken/run"]) == 2
+    assert "taken/run" in capsys.readouterr().err
