@@ -66,7 +66,7 @@ class Classification(Task):
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in _STAGES}
         )
         # as a metric, which counts every image once, however many processes share them
-        self.losses = nn.ModuleDict({f"{stage}_loss": MeanMetric(nan_strategy="disable") for stage in _STAGES})
+        self.losses = nn.ModuleDict({f"{stage}_loss": MeanMetric(nan_strategy="ignore") for stage in _STAGES})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (B, num_classes)."""

@@ -1,0 +1,61 @@
+"""Run by torchrun: the command line `involution`, as one of several processes on processors.
+
+Batch norms take their statistics over all processes: torch's SyncBatchNorm does so on GPUs alone. KILL=RANK:STEP in the
+environment kills a process once, without warning.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class SyncNorm(nn.BatchNorm2d):
+    """A batch norm over all processes, written down from its definition."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        ones = torch.ones_like(x[:, :1]).sum().expand(x.shape[1])
+        sums = torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3)), ones])
+        if distributed.is_initialized():
+            sums = all_reduce(sums)
+        count = sums[2]
+        mean = sums[0] / count
+        variance = sums[1] / count - mean * mean
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+nn.BatchNorm2d = SyncNorm
+
+from involution.cli import main  # noqa: E402
+from involution.tasks.task import Task  # noqa: E402
+
+
+def dying(step):
+    """Let this process die when it has taken so many steps, the first time."""
+    old, mark = Task.on_train_batch_end, Path("killed")
+
+    def end(self, *args):
+        old(self, *args)
+        if self.trainer.global_step == step and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Task.on_train_batch_end = end
+
+
+if __name__ == "__main__":
+    rank, _, step = os.environ.get("KILL", "").partition(":")
+    if rank and rank == os.environ["RANK"]:
+        dying(int(step))
+    sys.exit(main(sys.argv[1:]))
