@@ -135,6 +135,8 @@ def read(name: str) -> Study:
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not describe a study; it must hold settings by name.")
+    if "grid" in content:
+        content |= _grid(**content.pop("grid"))
     known = [field.name for field in fields(Study)]
     missing = [key for key in known if key not in content]
     if missing:
@@ -145,3 +147,13 @@ def read(name: str) -> Study:
     study = Study(**{**content, "panels": [Panel(**panel) for panel in content["panels"]]})
     recipe(study.recipe)  # an unknown one is refused here
     return study
+
+
+def _grid(x: str, lines: Mapping[str, Mapping[str, Any]], places: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A variant for each line at each place on the axis `x`, and the panel that shows them."""
+    return {
+        "variants": {
+            f"{line} at {place}": {**own, **there} for line, own in lines.items() for place, there in places.items()
+        },
+        "panels": [{"x": x, "lines": {line: {place: f"{line} at {place}" for place in places} for line in lines}}],
+    }
