@@ -46,7 +46,8 @@ def study(
         ValueError: if there is no such study or variant, a setting is out of range, or the CSV file has rows of another
             version of the study.
     """
-    lanes = lanes or os.cpu_count() or 1
+    if lanes is None:
+        lanes = os.cpu_count() or 1
     if lanes < 1:
         raise ValueError(f"`lanes` must be at least 1; got {lanes}.")
     plan, label = read(name), Path(name).stem

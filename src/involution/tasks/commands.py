@@ -171,12 +171,20 @@ class Command(LightningCLI):
         super()._run_subcommand(self._command)
 
     def run(self) -> None:
-        """Run the command, and tell where a fit left its files."""
+        """Run the command; draw how a fit learned, and tell where it left its files."""
         self.start()
-        if self._command == "fit":
-            folder = Path(self.trainer.log_dir)
-            print(f"\ncheckpoints    {folder}/checkpoints\nmetrics        {folder}/metrics.csv")
-            print(f"configuration  {folder}/config.yaml")
+        if self._command != "fit" or not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.default_root_dir)
+        places = {"checkpoints": folder / "checkpoints"}
+        if (folder / "metrics.csv").exists():  # another logger writes elsewhere
+            from involution.tasks.report import draw_curves
+
+            places |= {"metrics": folder / "metrics.csv", "learning curves": folder / "curves.png"}
+            draw_curves({self.model.name: places["metrics"]}, self.model.measures[0], places["learning curves"])
+        print()
+        for what, where in {**places, "configuration": folder / "config.yaml"}.items():
+            print(f"{what:<16} {where}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with our progress display and the folder of the run."""

@@ -22,6 +22,7 @@ from involution.weights import mismatch
 Schedule = Literal["cosine", "cosine_by_epoch", "step", "poly"]
 
 _SCHEDULES = ("cosine", "cosine_by_epoch", "step", "poly")
+_MOST = 1e6  # of a loss; those here begin below a hundred
 _STEP, _POWER = 0.1, 0.9  # of the step and poly schedules
 
 
@@ -117,10 +118,10 @@ class Task(LightningModule):
         self.log("lr", self.lr_schedulers().get_last_lr()[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop when the loss is no number any more; on a GPU, which would have to wait, look at it now and then."""
+        """Stop when the loss has left all bounds; on a GPU, which would have to wait for it, look now and then."""
         loss, trainer = outputs["loss"], self.trainer
         looks = loss.device.type == "cpu" or trainer.global_step % trainer.log_every_n_steps == 0
-        if looks and not loss.isfinite():
+        if looks and not loss.abs() < _MOST:  # nor is it where it is no number
             rate = self.lr_schedulers().get_last_lr()[0]
             raise DivergedError(
                 f"the loss is {float(loss)} at step {trainer.global_step}, in epoch {trainer.current_epoch + 1}, at "
