@@ -22,18 +22,21 @@ FIT = [
 STEPS = 16
 
 
-def fit(folder, ranks, *settings, restarts=0, **environment):
-    """Run a fit on so many processes."""
+def torchrun(script, ranks, *words, restarts=0, **environment):
+    """Run a script in so many processes; what they print."""
     # the rendezvous of `--standalone` hangs when torch 2.14 starts processes again
-    meeting = ["--rdzv-backend", "static", "--master-port", str(free_port())]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *meeting]
-    command = [*torchrun, "--max-restarts", str(restarts), str(SCRIPT), *FIT, "--folder", folder]
-    command += ["--data.batch_size", str(128 // ranks), "--trainer.devices", str(ranks), *settings]
-    if ranks > 1:
-        command += ["--trainer.strategy", "ddp"]
+    meeting = ["--rdzv-backend", "static", "--master-port", str(free_port()), "--max-restarts", str(restarts)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *meeting, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout
+
+
+def fit(folder, ranks, *settings, **how):
+    """Run a fit on so many processes, with batches of 128 together."""
+    words = [*FIT, "--folder", folder, "--data.batch_size", str(128 // ranks), "--trainer.devices", str(ranks)]
+    torchrun(SCRIPT, ranks, *words, *settings, *(("--trainer.strategy", "ddp") if ranks > 1 else ()), **how)
 
 
 def free_port():
@@ -120,3 +123,14 @@ def test_twenty_kills_at_random_moments_lose_nothing():
     one, other = weights("whole"), weights("killed")
     for name, tensor in one.items():
         assert torch.equal(other[name], tensor), name
+
+
+@pytest.mark.slow
+def test_weights_shared_out_over_two_processes_train_to_the_same_losses():
+    one, two = (
+        [float(line.split()[1]) for line in torchrun(SCRIPT.with_name("sharded.py"), ranks).splitlines()]
+        for ranks in (1, 2)
+    )
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-9)
+    assert one[-1] < one[0]

@@ -14,6 +14,7 @@ from involution.cli import main
 from involution.tasks.commands import Command
 
 STEPS = 8  # of an epoch
+PACE = {"images/s", "waiting"}  # depend on the machine
 FIT = [
     *("fit", "--model.options.base_width", "16", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1"),
     *("--data.batch_size", "128", "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"),
@@ -67,7 +68,7 @@ def assert_same(folder, other):
 
 def logged(folder):
     with (Path(folder) / "metrics.csv").open(newline="") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = [{name: row[name] for name in row if row[name] and name not in PACE} for row in csv.DictReader(file)]
     # of the epoch in which it was interrupted a fit only knows the steps since
     return [row for row in rows if "train/loss" not in row or row["epoch"] != "1"]
 
@@ -121,3 +122,20 @@ def test_a_folder_that_cannot_be_written_is_refused(capsys):
     Path("taken").write_text("a file")
     assert main([*FIT, "--folder", "taken/run"]) == 2
     assert "taken/run" in capsys.readouterr().err
+
+
+def test_a_fit_tells_its_pace_and_draws_its_curves(capsys):
+    assert main([*FIT, "--folder", "run", "--trainer.max_epochs", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "learning curves  run/curves.png" in told
+    assert Path("run/curves.png").stat().st_size > 5000
+    with Path("run/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["images/s"]]
+    assert len(rows) == STEPS
+    assert all(1 < float(row["images/s"]) < 1e6 and 0 < float(row["waiting"]) < 1 for row in rows)
+
+
+def test_a_loss_beyond_all_bounds_stops(monkeypatch, capsys):
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, *_, **__: logits.sum() * 0 + 2e6)
+    assert main([*FIT, "--folder", "run"]) == 2
+    assert "involution: the loss is 2000000.0 at step 1, in epoch 1," in capsys.readouterr().err

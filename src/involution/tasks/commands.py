@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from involution.names import unknown
-from involution.tasks.progress import Progress
+from involution.tasks.progress import Pace, Progress
 from involution.tasks.saves import Log, Saves, WholeFiles, newest
 from involution.tasks.task import Task
 
@@ -197,6 +197,7 @@ class Command(LightningCLI):
             if settings.enable_checkpointing is not False and not settings.fast_dev_run:
                 every, keep = (self._get(self.config, name) for name in ("save_every", "keep"))
                 settings.callbacks = [*(settings.callbacks or []), Saves(every, keep)]
+            settings.callbacks = [*(settings.callbacks or []), Pace()]
             kwargs["plugins"] = [*(settings.plugins or []), WholeFiles()]
         if settings.logger is None and self._command == "fit":
             steps = self._checkpoint["global_step"] if self._checkpoint else 0

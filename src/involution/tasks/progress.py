@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from involution.ops.library import implementations
 
@@ -54,3 +55,34 @@ class Progress(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+class Pace(Callback):
+    """Logs how fast a fit goes, over the epoch so far.
+
+    `images/s` of all processes together, and `waiting`, the share of the time in which the next batch was not there
+    yet: where it is more than a few hundredths, more or faster workers make the fit faster.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
+        self._images, self._waited = 0, 0.0
+        self._begin = self._ready = perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count, also in the middle of an epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch is there."""
+        self._waited += perf_counter() - self._ready
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and wait for the next one."""
+        self._images += len(batch[0]) * trainer.world_size
+        self._ready = perf_counter()
+        length = self._ready - self._begin
+        pl_module.log("images/s", self._images / length, prog_bar=True)
+        pl_module.log("waiting", self._waited / length)
