@@ -27,7 +27,7 @@ train: setup ## Train a small RedNet and its mirrored ResNet on handwritten digi
 	$(BIN)/involution compare
 
 test: setup lint ## Check style, types and imports, then run the default tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

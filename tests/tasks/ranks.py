@@ -35,15 +35,9 @@ class SyncNorm(nn.BatchNorm2d):
         return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
 
 
-nn.BatchNorm2d = SyncNorm
-
-from involution.cli import main  # noqa: E402
-from involution.tasks.task import Task  # noqa: E402
-
-
-def dying(step):
+def dying(task, step):
     """Let this process die when it has taken so many steps, the first time."""
-    old, mark = Task.on_train_batch_end, Path("killed")
+    old, mark = task.on_train_batch_end, Path("killed")
 
     def end(self, *args):
         old(self, *args)
@@ -51,11 +45,19 @@ def dying(step):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Task.on_train_batch_end = end
+    task.on_train_batch_end = end
+
+
+def main():
+    nn.BatchNorm2d = SyncNorm  # before any network is built
+    from involution.cli import main
+    from involution.tasks.task import Task
+
+    rank, _, step = os.environ.get("KILL", "").partition(":")
+    if rank and rank == os.environ["RANK"]:
+        dying(Task, int(step))
+    return main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    rank, _, step = os.environ.get("KILL", "").partition(":")
-    if rank and rank == os.environ["RANK"]:
-        dying(int(step))
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,12 +75,14 @@ def logged(folder):
 
 
 def test_a_fit_goes_on_from_any_step_to_the_same_weights():
-    assert main([*FIT, "--folder", "whole", "--save_every", "3", "--keep", "9"]) == 0
+    with at(STEPS + 1, lambda: shutil.copy("whole/checkpoints/last.ckpt", "epoch.ckpt")):
+        assert main([*FIT, "--folder", "whole", "--save_every", "3", "--keep", "9"]) == 0
     saved = {path.name for path in Path("whole/checkpoints").iterdir()}
     assert saved == {"best.ckpt", "last.ckpt", *(f"step-{step}.ckpt" for step in range(3, 2 * STEPS, 3))}
-    for step in (3, 9, 15):
-        assert main([*FIT, "--folder", f"from-{step}", "--ckpt_path", f"whole/checkpoints/step-{step}.ckpt"]) == 0
-        assert_same("whole", f"from-{step}")
+    for name in ("whole/checkpoints/step-3", "epoch", "whole/checkpoints/step-15"):
+        folder = f"from-{Path(name).name}"
+        assert main([*FIT, "--folder", folder, "--ckpt_path", f"{name}.ckpt"]) == 0
+        assert_same("whole", folder)
 
 
 def test_data_that_does_not_go_on_is_noticed(monkeypatch):

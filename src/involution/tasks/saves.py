@@ -49,7 +49,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class Saves(ModelCheckpoint):
-    """Checkpoints to go on from: every few steps, the newest kept; when the process is told to end; and the last.
+    """Checkpoints to go on from: every few steps, the newest kept; when the process is told to end; and every epoch.
 
     Args:
         steps: optimizer steps between two checkpoints.
@@ -74,8 +74,8 @@ class Saves(ModelCheckpoint):
         """Under which its state is kept: the same for all settings, so that these may change where a fit goes on."""
         return type(self).__name__
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write last.ckpt, the end of the schedule; Lightning's own is that of the last improvement."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write last.ckpt, the end of the last epoch; Lightning's own is that of the last improvement."""
         trainer.save_checkpoint(Path(self.dirpath or "") / LAST)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
