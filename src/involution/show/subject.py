@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import functional as F
 
 from involution.data.items import open_image
-from involution.data.scenes import Look, composed
+from involution.data.scenes import Look, Scenes
 from involution.models.rednet import BLOCKS, STAGES, RedNet
 from involution.models.stages import build
 from involution.recognition import rednet_of
@@ -22,6 +22,7 @@ from involution.weights import read
 
 SAMPLE = "sample"
 _LEAST = 32  # pixels a side
+_ENLARGED = 2  # the `scale` of the recipe scenes/semantic_fpn
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +77,11 @@ def depth(network: RedNet) -> int:
     return next(depth for depth, of in BLOCKS.items() if of == blocks)
 
 
-def sample(number: int = 0) -> Image.Image:
-    """A scene of digits that no packaged network was trained on."""
-    scenes = composed("test", Look(fewest=4, most=6))
-    for _ in range(number):
-        next(scenes)
-    return Image.fromarray(next(scenes)[0])
+def sample() -> Image.Image:
+    """A scene of digits that the packaged network was not trained on, enlarged as it was for the network's training."""
+    scene, _ = Scenes("test", 1, Look(fewest=4, most=6))[0]
+    picture = F.to_pil_image(scene)
+    return picture.resize((_ENLARGED * picture.width, _ENLARGED * picture.height), Image.Resampling.BILINEAR)
 
 
 def _fitted(path: Path, size: int) -> Image.Image:
