@@ -127,9 +127,10 @@ def test_a_folder_that_cannot_be_written_is_refused(capsys):
     assert "taken/run" in capsys.readouterr().err
 
 
-def test_a_fit_tells_its_pace_and_draws_its_curves(capsys):
+def test_a_fit_tells_its_pace_and_draws_its_curves(capsys, caplog):
     assert main([*FIT, "--folder", "run", "--trainer.max_epochs", "1"]) == 0
     told = capsys.readouterr().out
+    assert not caplog.messages  # Lightning has nothing to remark
     assert "learning curves  run/curves.png" in told
     assert Path("run/curves.png").stat().st_size > 5000
     with Path("run/metrics.csv").open(newline="") as file:

@@ -76,7 +76,7 @@ class Saves(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write last.ckpt, the end of the last epoch; Lightning's own is that of the last improvement."""
-        trainer.save_checkpoint(Path(self.dirpath or "") / LAST)
+        trainer.save_checkpoint(Path(self.dirpath or "") / LAST, weights_only=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when the process is told to end, which Lightning heeds between two steps; not amid an error."""
