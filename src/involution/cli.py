@@ -20,7 +20,7 @@ _NEEDS = {"bench": "benchmarking", "convert": "converting", "show": "drawing", "
 _EXTRAS = frozenset(
     [
         *("jsonargparse", "lightning", "matplotlib", "pycocotools", "safetensors", "scipy", "sklearn", "timm"),
-        *("torchmetrics", "torchvision", "tqdm", "transformers", "yaml"),
+        *("fsspec", "torchmetrics", "torchvision", "tqdm", "transformers", "yaml"),
     ]
 )
 _TOLD = {"BadItemError", "DivergedError"}  # what a run raises for the user; by name, as few commands import them
@@ -61,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         run = _prepare(args[0], args[1:])
     except ModuleNotFoundError as error:
+        if error.name == "datasets":
+            return _refuse("streaming a data set needs more packages: pip install 'involution[stream]'")
         if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
         return _refuse(f"{_NEEDS.get(args[0], 'training')} needs more packages: pip install 'involution[train]'")

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch import distributed
 
 from involution.data.order import Drawn, Order, loader, seed_all
 
@@ -19,18 +18,6 @@ class Items:
 
     def __getitem__(self, index):
         return index, random.random(), np.random.rand(), torch.rand(()).item()
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Pretends to be one of several processes."""
-
-    def rank(number, of):
-        monkeypatch.setattr(distributed, "is_initialized", lambda: of > 1)
-        monkeypatch.setattr(distributed, "get_world_size", lambda: of)
-        monkeypatch.setattr(distributed, "get_rank", lambda: number)
-
-    return rank
 
 
 def indices(order):

@@ -1,4 +1,4 @@
-"""ImageNet, or any images in a folder for each class."""
+"""ImageNet, or any images of classes: in folders, in tar files, or streamed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from involution.data.items import Items, ItemsModule, open_image
+from involution.data.shards import Shards, is_sharded
 
 Labelled = tuple[Tensor, int]
 
@@ -59,32 +60,38 @@ class Folders(Items[Labelled]):
 
 
 class ImageNet(ItemsModule):
-    """ImageNet, or any images in the same layout: ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG.
+    """ImageNet, or any images of classes.
 
     Trained on parts of images of random size and shape, resized and half of them mirrored; measured on the centre.
     Batches are images (B, 3, size, size), normalised as timm's networks expect it, and classes (B,).
 
     Args:
-        root: folder of the data set.
+        root: where the images are. A folder with a folder for each class, ROOT/train/CLASS/*.JPEG and
+            ROOT/val/CLASS/*.JPEG; a folder of tar files, as WebDataset lays them out, ROOT/train-0000.tar and
+            ROOT/val-0000.tar, or its address, https://host/folder (see docs/training.md); or hf:NAME for a data set of
+            Hugging Face that is streamed.
         batch_size: images in a training step, on each device.
-        workers: processes that read images.
+        workers: processes that decode images.
         size: pixels a side.
         resize: the shorter side of an image that is measured, before its centre is cut out.
         scale: least and largest share of an image that is trained on.
         auto_augment: further changes of training images by timm, such as rand-m9-mstd0.5-inc1.
         erase: how often a part of a training image is erased, from 0 to 1.
         skip_bad: leave images out that cannot be read, and tell at the end how many there were.
+        num_classes: how many classes there are, where the images do not tell: in tar files.
+        train_images: images of an epoch of a stream that does not tell.
+        cache: folder for copies of tar files that are behind an address.
 
     Raises:
-        ValueError: if a folder is missing or has no images, the classes of both differ, or a setting is out of range.
+        ValueError: if there are no images, the classes of both splits differ, or a setting is out of range.
     """
 
     in_chans = 3
-    num_classes = 0  # told by the folders
+    num_classes = 0  # told by the images
 
     def __init__(
         self,
-        root: Path = Path("data/imagenet"),
+        root: str = "data/imagenet",
         batch_size: int = 256,
         workers: int = 8,
         size: int = 224,
@@ -93,6 +100,9 @@ class ImageNet(ItemsModule):
         auto_augment: str | None = None,
         erase: float = 0.0,
         skip_bad: bool = False,
+        num_classes: int = 0,
+        train_images: int = 0,
+        cache: str = "data/shards",
     ) -> None:
         super().__init__(batch_size, workers)
         if not 1 <= size <= resize:
@@ -101,7 +111,11 @@ class ImageNet(ItemsModule):
             raise ValueError(f"`scale` must be two shares of an image, the smaller first; got {scale}.")
         if not 0 <= erase <= 1:
             raise ValueError(f"`erase` must be a share from 0 to 1; got {erase}.")
-        self._root, self._skip_bad = root, skip_bad
+        for name, value in (("num_classes", num_classes), ("train_images", train_images)):
+            if value < 0:
+                raise ValueError(f"`{name}` must be at least 0; got {value}.")
+        self._root, self._skip_bad, self._size = str(root), skip_bad, size
+        self._given, self._train_images, self._cache = num_classes, train_images, Path(cache)
         self._transforms = {
             "train": create_transform(
                 size,
@@ -115,16 +129,18 @@ class ImageNet(ItemsModule):
             "val": create_transform(size, crop_pct=size / resize, interpolation=_INTERPOLATION),
         }
         self.batch_measured = batch_size
-        self._sets["val"] = val = self._folders("val")
-        self.classes, self.num_classes, self._size = val.classes, len(val.classes), size
+        self._sets["val"] = val = self._split("val")
+        self.classes, self.num_classes = val.classes, len(val.classes)
+        if num_classes and num_classes != self.num_classes:
+            raise ValueError(f"`num_classes` must be {self.num_classes}, as in {root}, or left out; got {num_classes}.")
 
     def load(self, split: str) -> Items[Labelled]:
         """The set "train" or "val"."""
-        folders = self._folders(split)
-        if folders.classes != self.classes:
-            different = sorted(set(folders.classes) ^ set(self.classes))
+        items = self._split(split)
+        if items.classes != self.classes:
+            different = sorted(set(items.classes) ^ set(self.classes))
             raise ValueError(f"the classes of {split} in {self._root} are not those of val: {different[0]} is in one.")
-        return folders
+        return items
 
     def collate(self, items: Sequence[Labelled | None]) -> tuple[Tensor, Tensor]:
         """A batch of the images that were not left out."""
@@ -134,5 +150,13 @@ class ImageNet(ItemsModule):
         images, classes = default_collate(kept)
         return images, classes
 
-    def _folders(self, split: str) -> Folders:
-        return Folders(self._root / split, self._transforms[split], split == "train", self._skip_bad)
+    def _split(self, split: str) -> Any:
+        how = {"train": split == "train", "skip_bad": self._skip_bad}
+        scheme, _, name = self._root.partition(":")
+        if scheme == "hf":
+            from involution.data.stream import Stream  # needs a package that few have
+
+            return Stream(name, split, self._transforms[split], self._given, self._train_images, **how)
+        if is_sharded(self._root):
+            return Shards(self._root, split, self._transforms[split], self._given, self._cache, **how)
+        return Folders(Path(self._root) / split, self._transforms[split], **how)

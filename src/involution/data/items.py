@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from involution.data.order import loader
+from involution.data.order import Order, Share, loader
 
 Kept = TypeVar("Kept")  # an item of any kind
 Item = tuple[Tensor, dict[str, Tensor]]
@@ -48,14 +49,22 @@ class Items(Dataset[Kept | None], Generic[Kept]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, index: int) -> Kept:
+    def read(self, index: Any) -> Kept:
         """One item."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Kept | None:
-        for place in range(index, index + (len(self) if self._train else 1)):
+    def order(self, batch_size: int) -> Share:
+        """In which this process asks for its items."""
+        return Order(len(self), batch_size, self._train)
+
+    def candidates(self, index: Any) -> Iterable[Any]:
+        """The item at `index`, and those that may take its place if it is bad."""
+        return (place % len(self) for place in range(index, index + (len(self) if self._train else 1)))
+
+    def __getitem__(self, index: Any) -> Kept | None:
+        for place in self.candidates(index):
             try:
-                return self.read(place % len(self))
+                return self.read(place)
             except BadItemError as error:
                 if not self._skip_bad:
                     raise BadItemError(f"{error}{self.hint}") from None
@@ -118,7 +127,8 @@ class ItemsModule(LightningDataModule):
         return self._loader("val", self.batch_measured)
 
     def _loader(self, split: str, size: int, train: bool = False) -> DataLoader[Any]:
-        return loader(self._sets[split], size, train, self._workers, self.collate)
+        items = self._sets[split]
+        return loader(items, size, train, self._workers, self.collate, items.order(size))
 
 
 def lists(items: Sequence[Item | None]) -> Batch:
@@ -127,14 +137,14 @@ def lists(items: Sequence[Item | None]) -> Batch:
     return [image for image, _ in kept], [target for _, target in kept]
 
 
-def open_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """The image in a file, decoded.
+def open_image(path: Path | str, mode: str = "RGB", content: bytes | None = None) -> Image.Image:
+    """The image in a file, decoded; `content` is that of the file where `path` only names it.
 
     Raises:
         BadItemError: if there is no image to be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else BytesIO(content)) as image:
             if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
                 return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
             return image.convert(mode) if image.mode != mode else image.copy()

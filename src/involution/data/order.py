@@ -13,6 +13,8 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+_FILES_AT_ONCE = 4  # whose items are shuffled with one another
+
 
 def loader(
     items: Any,
@@ -20,6 +22,7 @@ def loader(
     train: bool = False,
     workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
+    order: Share | None = None,
 ) -> DataLoader[Any]:
     """Loads this process's share of a data set in batches.
 
@@ -36,60 +39,37 @@ def loader(
         train: load to train on.
         workers: processes that read items.
         collate: what makes a batch of items.
+        order: of the items. Default: `Order`.
     """
-    order = Order(len(items), batch_size, train, int(os.environ.get("PL_GLOBAL_SEED", 0)))
     return (Resumable if train else DataLoader)(
         Drawn(items),
         batch_size=batch_size,
-        sampler=order,
+        sampler=Order(len(items), batch_size, train) if order is None else order,
         num_workers=workers,
         collate_fn=collate,
         persistent_workers=workers > 0,
     )
 
 
-class Order(DistributedSampler[Any]):
-    """The items of one process in an epoch, each with the seed of what is random in it.
+class Share(DistributedSampler[Any]):
+    """What one process asks for in an epoch: items, each with the seed of what is random in it.
 
     A subclass of torch's sampler so that Lightning tells it the epoch and does not put its own in place, which repeats
     items where they do not come out even.
 
     Args:
-        count: items of the data set.
-        batch_size: of each process; in training no process begins a batch that another cannot fill.
-        train: a new order in every epoch, and only full batches.
-        seed: of the order.
+        train: a new order in every epoch.
+        seed: of the order. Default: Lightning's.
 
     Attributes:
         skipped: an epoch, and how many batches are left out at its beginning when it is next iterated over.
-
-    Raises:
-        ValueError: if there are not enough items to train on for one batch of every process.
     """
 
-    def __init__(self, count: int, batch_size: int, train: bool, seed: int = 0) -> None:
+    def __init__(self, train: bool, seed: int | None = None) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         ranks = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
-        super().__init__(cast(Any, range(count)), *ranks, shuffle=train, seed=seed)
-        self._end = count - count % (batch_size * ranks[0]) if train else count
-        if train and not self._end:
-            raise ValueError(
-                f"`batch_size` must be at most {count // ranks[0]}, for {count} items to train on make no full batch "
-                f"for each of {ranks[0]} process(es); got {batch_size}."
-            )
-        self._count, self._batch_size = count, batch_size
+        super().__init__(cast(Any, ()), *ranks, shuffle=train, seed=seed)
         self.skipped = (0, 0)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        count = self._count
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        seeds = torch.randint(2**32, (count,), generator=generator)
-        mine = order[self.rank : self._end : self.num_replicas]
-        drawn = zip(mine.tolist(), seeds[mine].tolist(), strict=True)
-        return islice(drawn, self._batch_size * self.batches_skipped, None)
-
-    def __len__(self) -> int:
-        return len(range(self.rank, self._end, self.num_replicas))
 
     @property
     def batches_skipped(self) -> int:
@@ -97,11 +77,77 @@ class Order(DistributedSampler[Any]):
         epoch, batches = self.skipped
         return batches if epoch == self.epoch else 0
 
+    def full(self, count: int, batch_size: int) -> int:
+        """How many of `count` items make full batches, as many for each process.
+
+        Raises:
+            ValueError: if none do.
+        """
+        full = count - count % (batch_size * self.num_replicas)
+        if not full:
+            raise ValueError(
+                f"`batch_size` must be at most {count // self.num_replicas}, for {count} items to train on make no "
+                f"full batch for each of {self.num_replicas} process(es); got {batch_size}."
+            )
+        return full
+
+    def generator(self) -> torch.Generator:
+        """Draws what is random in the order of this epoch, the same on all processes."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+
+
+class Order(Share):
+    """The order of items that can be had in any order.
+
+    Args:
+        count: items of the data set.
+        batch_size: of each process; in training no process begins a batch that another cannot fill.
+        train: a new order in every epoch, and only full batches.
+        seed: of the order. Default: Lightning's.
+        files: how many items each file holds, where reading goes better file by file. The files are then shuffled, each
+            process gets a run of them, and items are shuffled within a few files at a time.
+
+    Raises:
+        ValueError: if there are not enough items to train on for one batch of every process.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, train: bool, seed: int | None = None, files: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(train, seed)
+        self._end = self.full(count, batch_size) if train else count
+        self._count, self._batch_size, self._files = count, batch_size, files
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = self.generator()
+        if self._files is not None:
+            mine = self._from_files(self._files, generator)
+        else:
+            order = torch.randperm(self._count, generator=generator) if self.shuffle else torch.arange(self._count)
+            mine = order[self.rank : self._end : self.num_replicas]
+        seeds = torch.randint(2**32, (self._count,), generator=generator)
+        drawn = zip(mine.tolist(), seeds[mine].tolist(), strict=True)
+        return islice(drawn, self._batch_size * self.batches_skipped, None)
+
+    def _from_files(self, files: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        order = torch.randperm(len(files), generator=generator) if self.shuffle else torch.arange(len(files))
+        items = torch.arange(self._count).split(list(files))
+        mine = torch.cat([items[file] for file in order.tolist()])[: self._end].tensor_split(self.num_replicas)[
+            self.rank
+        ]
+        if not self.shuffle:
+            return mine
+        window = max(1, _FILES_AT_ONCE * self._count // len(files))
+        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in mine.split(window)])
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self._end, self.num_replicas))
+
 
 class Resumable(DataLoader[Any]):
-    """A loader of training batches by `Order` that can be put in the middle of an epoch."""
+    """A loader of training batches that can be put in the middle of an epoch."""
 
-    sampler: Order
+    sampler: Share
     _batches = 0  # of this epoch that were handed out, or left out as they had been before
 
     def __iter__(self) -> Any:
