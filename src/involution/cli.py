@@ -16,7 +16,13 @@ from involution.names import unknown
 from involution.recipes import recipe, recipes
 
 _DEFAULT_RECIPE = "digits"
-_NEEDS = {"bench": "benchmarking", "convert": "converting", "show": "drawing", "table": "counting"}
+_NEEDS = {
+    "bench": "benchmarking",
+    "convert": "converting",
+    "scale": "computing",
+    "show": "drawing",
+    "table": "counting",
+}
 _EXTRAS = frozenset(
     [
         *("jsonargparse", "lightning", "matplotlib", "pycocotools", "safetensors", "scipy", "sklearn", "timm"),
@@ -35,7 +41,8 @@ _COMMANDS = {
     "convert": "turn a checkpoint of the official code into one that timm loads, and measure it",
     "study": "put a claim to the test: train its variants over seeds, and compare them",
     "table": "build and count the networks of the paper's tables, beside what was published",
-    "bench": "time the operator, its variants or networks against their rivals on this machine",
+    "scale": "compute what training on many devices needs of their memory and network",
+    "bench": "time the operator, its variants, networks or a loader of images on this machine",
 }
 
 
@@ -120,13 +127,14 @@ def _call(command: str, *args: str) -> None:
 
 
 def _bench() -> Any:
+    from involution.analysis.bench_data import data
     from involution.analysis.bench_gpu import gpu
     from involution.analysis.bench_model import model
     from involution.analysis.bench_op import op
     from involution.analysis.bench_variants import variants
     from involution.analysis.readme import readme
 
-    found = {"op": op, "variants": variants, "model": model, "gpu": gpu, "readme": readme}
+    found = {"op": op, "variants": variants, "model": model, "data": data, "gpu": gpu, "readme": readme}
     if find_spec("triton"):  # a torch without GPUs comes without it
         from involution.analysis.programs import programs
 
@@ -152,13 +160,26 @@ def _show() -> Any:
     return show
 
 
+def _scale() -> Any:
+    from involution.analysis.scale import scale
+
+    return scale
+
+
 def _study() -> Any:
     from involution.studies.command import study
 
     return study
 
 
-_FUNCTIONS = {"bench": _bench, "convert": _convert, "show": _show, "study": _study, "table": _table}
+_FUNCTIONS = {
+    "bench": _bench,
+    "convert": _convert,
+    "scale": _scale,
+    "show": _show,
+    "study": _study,
+    "table": _table,
+}
 
 
 def _with_recipe(args: list[str]) -> tuple[list[str], str]:

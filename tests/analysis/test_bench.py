@@ -1,5 +1,8 @@
+import csv
+
 import pytest
 import torch
+from PIL import Image
 
 from involution import cost
 from involution.analysis import bench_model, bench_op, bench_variants, contenders, memory, problem, record
@@ -171,3 +174,23 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
     assert main(["bench", "gpu", "--out", str(tmp_path)]) == 2
     assert "`bench gpu` needs a CUDA or ROCm device, and torch finds none." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loader_is_timed_alone(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("one", "two"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.effect_noise((40, 50), 50).save(folder / f"{index}.png")
+    args = [str(tmp_path / "images"), "--workers", "[0,1]", "--batch_size", "2", "--size", "32", "--seconds", "0.2"]
+    assert main(["bench", "data", *args, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "data.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["workers"] for row in rows] == ["0", "1"]
+    for row in rows:
+        assert float(row["seconds"]) >= 0.2
+        assert float(row["images_per_second"]) == pytest.approx(int(row["images"]) / float(row["seconds"]), rel=0.05)
+    assert "| workers | images/s | images/s a worker |" in capsys.readouterr().out
+    assert main(["bench", "data", *args, "--seconds", "0"]) == 2
+    assert "`seconds` must be above 0; got 0.0." in capsys.readouterr().err

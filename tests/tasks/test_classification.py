@@ -54,6 +54,32 @@ def test_the_mirror_has_the_widths_of_its_rednet_and_no_involution():
     assert not any("generator" in name for name, _ in resnet.named_parameters())
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_recomputing_changes_memory_and_nothing_else(mirror):
+    kept, gradients = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        module = small(mirror=mirror, recompute=recompute).train()
+        images, sizes = torch.rand(4, 1, 32, 32), {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = module(images).square().sum()
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    assert kept[1] < 0.8 * kept[0]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_network_that_cannot_recompute_is_refused():
+    with pytest.raises(ValueError, match="`recompute` must be false for shallow, which does not offer it"):
+        Classification("shallow", {"num_classes": 2}, recompute=True)
+
+
 def test_any_network_of_timm_can_be_trained():
     module = Classification("resnet10t", {"num_classes": 3}).eval()
     assert module(torch.rand(1, 3, 32, 32)).shape == (1, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -105,13 +105,18 @@ def check(path: Path) -> None:
 
 def add(rows: Iterable[Row], path: Path) -> None:
     """Add the rows to the CSV file, which is made if need be."""
+    append([asdict(row) for row in rows], path)
+
+
+def append(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Add rows of any columns, the same as those before, to a CSV file, which is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
 
 
 def read(path: Path) -> list[Row]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from involution.analysis.record import append
 from involution.studies.results import Result, chosen, document, draw, results, table
 from involution.studies.study import Run, Study, read
 from involution.studies.training import costs, train
@@ -101,7 +102,7 @@ class _Lanes:
                 }
                 rows.append(row)
                 if path is not None:
-                    _add(row, path)
+                    append([row], path)
         return rows
 
     @cached_property
@@ -146,16 +147,6 @@ def _run(plan: Study, row: dict[str, Any]) -> Run:
 def _row(rows: Iterable[dict[str, Any]], run: Run) -> dict[str, Any] | None:
     """The row of a run, if it is there."""
     return next((row for row in rows if row["configuration"] == run.configuration), None)
-
-
-def _add(row: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _tell(*places: tuple[str, Path]) -> None:

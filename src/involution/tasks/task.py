@@ -51,6 +51,8 @@ class Task(LightningModule):
         floor: share of `lr` below which "cosine" and "poly" do not go.
         channels_last: keep images and features with channels innermost in memory, the faster layout of involution.
         compile: train the network compiled by torch; for images of one size.
+        recompute: keep only what is between the network's blocks, and compute the rest again in the backward pass. It
+            takes a third more time, and norms count the statistics of every batch twice.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -73,6 +75,7 @@ class Task(LightningModule):
         floor: float = 0.0,
         channels_last: bool = True,
         compile: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if warmup < 0:
@@ -94,7 +97,13 @@ class Task(LightningModule):
         return arch.replace("rednet", "resnet") + " (mirror)" if self.hparams["mirror"] else arch
 
     def keep(self, net: nn.Module) -> None:
-        """Make `net` the network of this task, in the layout it is trained in."""
+        """Make `net` the network of this task, in the layout and with the memory it is trained in."""
+        if self.hparams["recompute"]:
+            able = [each for each in net.modules() if hasattr(each, "set_grad_checkpointing")]
+            if not able:
+                raise ValueError(f"`recompute` must be false for {self.name}, which does not offer it.")
+            for each in able:
+                each.set_grad_checkpointing(True)
         self.net = net.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else net
 
     def on_fit_start(self) -> None:

@@ -1,0 +1,53 @@
+"""What training needs, computed: held to what a process really takes, and to the arithmetic of rings."""
+
+import timm
+import torch
+
+from involution.analysis.memory import rise_mib
+from involution.analysis.scale import kept, scale
+from involution.cli import main
+
+
+def test_features_that_are_kept_are_those_a_process_holds():
+    network = timm.create_model("resnet26").to(memory_format=torch.channels_last)
+    images = torch.rand(8, 3, 192, 192).to(memory_format=torch.channels_last)
+    held = []
+    network(images[:1])  # libraries start their threads
+    rise = rise_mib(lambda: held.append(network(images)))
+    computed = kept("resnet26", 8, 192) / 2**20
+    assert 1 < rise / computed < 1.25  # at its highest there is a little more than what is kept
+
+
+def test_features_follow_images_dtype_and_recomputing():
+    whole = kept("rednet26", 2, 64)
+    assert kept("rednet26", 4, 64) > 1.9 * whole
+    assert 0.49 * whole < kept("rednet26", 2, 64, torch.bfloat16) < 0.55 * whole
+    assert kept("rednet26", 2, 64, recompute=True) < 0.6 * whole
+
+
+def test_the_table_counts_weights_and_what_is_sent(tmp_path, capsys):
+    text = tmp_path / "page.md"
+    text.write_text("before\n<!-- scale -->\nold\n<!-- end of scale -->\nafter\n")
+    scale(["rednet50"], images=2, size=64, devices=(4,), gigabytes_per_second=10, text=text)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| rednet50"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    weights = 15_540_806 * 4 / 2**20  # paper.md's parameters
+    assert cells[1:4] == ["4", f"{3 * weights:.0f}", f"{3 * weights / 4:.1f}"]
+    # each of three rounds passes a quarter on, to sum and again to tell the sum
+    assert cells[7:] == [
+        *(f"{6 * weights / 4:.1f}", f"{6 * weights / 4 * 2**20 / 1e7:.1f}"),
+        *(f"{9 * weights / 4:.1f}", f"{9 * weights / 4 * 2**20 / 1e7:.1f}"),
+    ]
+    assert line in text.read_text()
+    assert text.read_text().startswith("before\n")
+
+
+def test_mistakes_are_told(capsys):
+    for args, told in (
+        (["--images", "0"], "`images` must be at least 1; got 0."),
+        (["--devices", "[8,0]"], "`devices` must be at least 1; got [8, 0]."),
+        (["--gigabytes_per_second", "0"], "`gigabytes_per_second` must be above 0; got 0.0."),
+        (["--networks", "[rednet27]"], "rednet27"),
+    ):
+        assert main(["scale", *args]) == 2
+        assert told in capsys.readouterr().err
