@@ -133,8 +133,9 @@ def _bench() -> Any:
     from involution.analysis.bench_op import op
     from involution.analysis.bench_variants import variants
     from involution.analysis.readme import readme
+    from involution.tasks.soak import soak
 
-    found = {"op": op, "variants": variants, "model": model, "data": data, "gpu": gpu, "readme": readme}
+    found = {"op": op, "variants": variants, "model": model, "data": data, "gpu": gpu, "soak": soak, "readme": readme}
     if find_spec("triton"):  # a torch without GPUs comes without it
         from involution.analysis.programs import programs
 

@@ -1,8 +1,10 @@
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from timm.optim import param_groups_weight_decay as timm_groups
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -73,6 +75,23 @@ def test_recomputing_changes_memory_and_nothing_else(mirror):
         gradients.append([parameter.grad for parameter in module.parameters()])
     assert kept[1] < 0.8 * kept[0]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_weights_that_are_shared_out_keep_their_decay():
+    """FSDP leaves of each weight a row of numbers, and puts itself into the names."""
+    module = small(weight_decay=0.1)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10, max_epochs=1)
+    wanted = [
+        (group["weight_decay"], sum(p.numel() for p in group["params"])) for group in timm_groups(module.net, 0.1)
+    ]
+    for part in [part for part in module.net.modules() if not list(part.children())]:
+        for name, weight in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(weight.detach().flatten()))
+    module.net.layer1 = nn.ModuleDict({"_fsdp_wrapped_module": module.net.layer1})
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    assert [(group["weight_decay"], sum(p.numel() for p in group["params"])) for group in groups] == wanted
+    assert wanted[0][0] == 0
+    assert wanted[1][1] > 10 * wanted[0][1] > 0
 
 
 def test_a_network_that_cannot_recompute_is_refused():

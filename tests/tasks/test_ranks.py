@@ -73,6 +73,16 @@ def test_two_processes_train_as_one_with_batches_twice_as_large():
     torch.testing.assert_close(torch.tensor(measures("two")), torch.tensor(measures("one")), rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning's FSDP strategy needs GPUs")
+def test_lightnings_fsdp_trains_to_the_same_losses_on_gpus():
+    ranks = torch.cuda.device_count()
+    for folder, count, strategy in (("whole", 1, "auto"), ("shared", ranks, "fsdp")):
+        words = [*FIT, "--folder", folder, "--data.batch_size", str(128 // count), "--trainer.devices", str(count)]
+        torchrun(SCRIPT, count, *words, "--trainer.accelerator", "gpu", "--trainer.strategy", strategy)
+    torch.testing.assert_close(torch.tensor(measures("shared")), torch.tensor(measures("whole")), rtol=1e-2, atol=2e-2)
+
+
 @pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_training_ends_as_if_nothing_had_happened():
     fit("whole", 2)

@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 import signal
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,6 +120,30 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_the_last_checkpoint_whole(
     told = "involution: full/checkpoints/step-6.ckpt cannot be written: No space left on device. What was complete is"
     assert line.startswith(told)
     assert torch.load("full/checkpoints/step-3.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_a_disk_that_really_is_full_stops_with_a_sentence_and_leaves_the_last_checkpoint_whole(capsys):
+    disk = Path("disk")
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk needs rights that are not there: {mounted.stderr.strip()}")
+    try:
+        assert main([*FIT, "--folder", "disk/run", "--save_every", "1", "--keep", "16"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot be written: No space left on device. What was complete is untouched" in line
+        saved = sorted(Path("disk/run/checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        steps = [torch.load(path, weights_only=True)["global_step"] for path in saved]
+        assert steps == list(range(1, len(saved) + 1))  # all are whole
+        for path in saved[:-1]:  # make room
+            path.unlink()
+        assert main([*FIT, "--folder", "disk/run", "--ckpt_path", "last", "--save_every", "99"]) == 0
+        assert main([*FIT, "--folder", "whole"]) == 0
+        assert_same("whole", "disk/run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(capsys):

@@ -45,6 +45,7 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(place)
         except OSError as error:
+            part.unlink(missing_ok=True)  # half a checkpoint takes the room that others need
             raise OSError(error.errno, error.strerror, str(place)) from error
 
 

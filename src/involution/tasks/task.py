@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ Schedule = Literal["cosine", "cosine_by_epoch", "step", "poly"]
 
 _SCHEDULES = ("cosine", "cosine_by_epoch", "step", "poly")
 _MOST = 1e6  # of a loss; those here begin below a hundred
+_WRAPPER = "_fsdp_wrapped_module."  # in names of weights that are shared out
 _STEP, _POWER = 0.1, 0.9  # of the step and poly schedules
 
 
@@ -99,12 +100,14 @@ class Task(LightningModule):
     def keep(self, net: nn.Module) -> None:
         """Make `net` the network of this task, in the layout and with the memory it is trained in."""
         if self.hparams["recompute"]:
-            able = [each for each in net.modules() if hasattr(each, "set_grad_checkpointing")]
+            able: list[Any] = [each for each in net.modules() if hasattr(each, "set_grad_checkpointing")]
             if not able:
                 raise ValueError(f"`recompute` must be false for {self.name}, which does not offer it.")
             for each in able:
                 each.set_grad_checkpointing(True)
         self.net = net.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else net
+        # Told now, as weights that are shared out over devices lose their shapes.
+        self._plain = {name for name, weight in net.named_parameters() if weight.ndim <= 1 or name.endswith(".bias")}
 
     def on_fit_start(self) -> None:
         """Compile the network, in place, so that its weights keep their names."""
@@ -164,12 +167,14 @@ class Task(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and its schedule over all steps of the run."""
         settings = self.hparams
+        options = dict(settings["optimizer_options"] or {})
+        plain = self._plain if options.pop("filter_bias_and_bn", True) else set()
         optimizer = create_optimizer_v2(
-            self.net,
+            self._groups(plain, settings["weight_decay"]),
             opt=settings["optimizer"],
             lr=settings["lr"] * self._scaling(),
             weight_decay=settings["weight_decay"],
-            **(settings["optimizer_options"] or {}),
+            **options,
         )
         names = ("schedule", "warmup", "warmup_from", "milestones", "floor")
         share = learning_rate(
@@ -178,6 +183,15 @@ class Task(LightningModule):
             epochs=self.trainer.max_epochs or 1,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}
+
+    def _groups(self, plain: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+        """The weights that are trained: those without decay, and those with."""
+        groups: tuple[list[Any], list[Any]] = ([], [])
+        for name, weight in self.net.named_parameters():
+            if weight.requires_grad:
+                groups[name.replace(_WRAPPER, "") not in plain].append(weight)
+        decays = (0.0, weight_decay)
+        return [{"params": group, "weight_decay": d} for group, d in zip(groups, decays, strict=True) if group]
 
     def _scaling(self) -> float:
         """What the learning rate is multiplied with for the number of images in a step."""
