@@ -1,11 +1,15 @@
 """What training needs, computed: held to what a process really takes, and to the arithmetic of rings."""
 
+from pathlib import Path
+
 import timm
 import torch
 
 from involution.analysis.memory import rise_mib
 from involution.analysis.scale import kept, scale
 from involution.cli import main
+
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 def test_features_that_are_kept_are_those_a_process_holds():
@@ -40,6 +44,14 @@ def test_the_table_counts_weights_and_what_is_sent(tmp_path, capsys):
     ]
     assert line in text.read_text()
     assert text.read_text().startswith("before\n")
+
+
+def test_the_page_tells_what_is_computed():
+    page = " ".join(PAGE.read_text().split())
+    for line in scale(["rednet26"]).splitlines()[2:]:
+        assert " ".join(line.split()) in page
+    ratio = kept("rednet50", 32, 224, torch.bfloat16) / kept("resnet50", 32, 224, torch.bfloat16)
+    assert f"the features computed here are {ratio:.2f} times those of ResNet-50" in page
 
 
 def test_mistakes_are_told(capsys):
