@@ -143,7 +143,7 @@ def test_predicting_prints_a_class_a_line(at_home, capsys):
 
 def test_a_fit_resumes_in_a_folder_of_its_own(at_home, capsys):
     assert main(["fit", "--ckpt_path", "runs/digits/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]) == 0
-    assert "epoch 2 of 2" in capsys.readouterr().out
+    assert "epoch 2 of 2, 0:00:00 left: " in capsys.readouterr().out
     first, second = (torch.load(f"runs/{name}/checkpoints/last.ckpt") for name in ("digits", "digits-2"))
     assert (first["global_step"], second["global_step"]) == (2, 4)
 

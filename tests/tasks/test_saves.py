@@ -164,6 +164,38 @@ def test_a_fit_tells_its_pace_and_draws_its_curves(capsys, caplog):
     assert all(1 < float(row["images/s"]) < 1e6 and 0 < float(row["waiting"]) < 1 for row in rows)
 
 
+# what tensorboard's own reader uses
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_fit_also_logs_for_tensorboard_where_it_goes_on_too():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = [*FIT, "--folder", "run", "--tensorboard", "true", "--save_every", "3"]
+    with at(11, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert main([*args, "--ckpt_path", "last"]) == 143
+    assert main([*args, "--ckpt_path", "last"]) == 0
+    events = EventAccumulator("run/tensorboard").Reload()
+    assert {"lr", "images/s", "train/loss", "validation/accuracy"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("lr")] == list(range(2 * STEPS))
+    with Path("run/metrics.csv").open(newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    assert [event.value for event in events.Scalars("lr")] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1e6])
+def test_gradients_are_clipped_on_request(monkeypatch, clip):
+    norms = []
+
+    def look(task, optimizer):  # when the next step forgets them
+        gradients = [weight.grad.flatten() for weight in task.net.parameters() if weight.grad is not None]
+        norms.extend([torch.cat(gradients).norm().item()] if gradients else [])
+
+    monkeypatch.setattr("involution.tasks.task.Task.on_before_zero_grad", look)
+    assert main([*FIT, "--folder", "run", "--trainer.max_epochs", "1", "--trainer.gradient_clip_val", str(clip)]) == 0
+    assert len(norms) >= STEPS - 1
+    assert max(norms) <= 1.001 * clip
+    assert min(norms) > min(0.9 * clip, 1e-3)
+
+
 def test_a_loss_beyond_all_bounds_stops(monkeypatch, capsys):
     monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, *_, **__: logits.sum() * 0 + 2e6)
     assert main([*FIT, "--folder", "run"]) == 2

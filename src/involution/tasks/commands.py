@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from involution.names import unknown
@@ -97,6 +99,8 @@ class Command(LightningCLI):
         every = "Optimizer steps of a fit between two checkpoints to go on from, by --ckpt_path last."
         parser.add_argument("--save_every", type=PositiveInt, default=500, help=every)
         parser.add_argument("--keep", type=PositiveInt, default=2, help="How many of them are kept, the newest.")
+        board = "Let a fit also log for TensorBoard, into FOLDER/tensorboard."
+        parser.add_argument("--tensorboard", type=bool, default=False, help=board)
         if self._classes is not None:
             parser.link_arguments(f"data.{self._classes}", "model.classes", apply_on="instantiate")
         parser.add_argument(
@@ -201,7 +205,9 @@ class Command(LightningCLI):
             kwargs["plugins"] = [*(settings.plugins or []), WholeFiles()]
         if settings.logger is None and self._command == "fit":
             steps = self._checkpoint["global_step"] if self._checkpoint else 0
-            kwargs["logger"] = Log(kwargs["default_root_dir"], steps)
+            kwargs["logger"] = [Log(kwargs["default_root_dir"], steps)]
+            if self._get(self.config, "tensorboard"):
+                kwargs["logger"].append(_board(kwargs["default_root_dir"], steps))
         elif settings.logger is None:
             kwargs["logger"] = False
         return super().instantiate_trainer(**kwargs)
@@ -257,6 +263,13 @@ def _free(folder: Path) -> Path:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+def _board(folder: Path, steps: int) -> TensorBoardLogger:
+    if not find_spec("tensorboard"):
+        raise ValueError("`tensorboard` needs another package: pip install tensorboard")
+    # what an interrupted run logged later is logged again
+    return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=steps)
 
 
 def _calm() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from datetime import timedelta
 from time import perf_counter
 from typing import Any
 
@@ -35,6 +37,7 @@ class Progress(TQDMProgressBar):
             steps = trainer.max_epochs is None or trainer.max_epochs < 0
             length = f"{trainer.max_steps} steps" if steps else f"{trainer.max_epochs} epochs"
             print(f"Training {pl_module.name} for {length} on {device} (involution: {code})", flush=True)
+        self._begin, self._first = perf_counter(), trainer.global_step
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,13 +51,23 @@ class Progress(TQDMProgressBar):
         ):
             shown = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
             metrics = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            print(f"  epoch {epoch} of {epochs}: {metrics}", flush=True)
+            print(f"  epoch {epoch} of {epochs}, {self._left(trainer)} left: {metrics}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the bar shows: without the version number of a logger that has none."""
+        """What the bar shows: the time left of the whole fit, and no version number of a logger that has none."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        if trainer.training:
+            metrics["left"] = self._left(trainer)
         return metrics
+
+    def _left(self, trainer: Trainer) -> str:
+        """Hours, minutes and seconds until the last step, at the pace so far."""
+        done, total = trainer.global_step - self._first, trainer.estimated_stepping_batches
+        if not done or math.isinf(total):
+            return "?"
+        seconds = round((perf_counter() - self._begin) / done * max(0, total - trainer.global_step))
+        return str(timedelta(seconds=seconds))
 
 
 class Pace(Callback):
