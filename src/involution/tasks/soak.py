@@ -34,7 +34,7 @@ def soak(minutes: float = 30.0, out: Path = Path("runs/soak")) -> list[dict[str,
 
     Args:
         minutes: how long.
-        out: folder of soak.csv and soak.png, which are written anew, and of the run.
+        out: folder of soak.csv and soak.png, which are written anew.
 
     Raises:
         ValueError: if `minutes` is not above 0.
@@ -48,7 +48,7 @@ def soak(minutes: float = 30.0, out: Path = Path("runs/soak")) -> list[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         _images(Path(folder))
         watch = Watch(minutes)
-        fit = Command("fit", [*_settings(folder), "--folder", str(out / "run")], "soak")
+        fit = Command("fit", [*_settings(folder), "--folder", f"{folder}/run"], "soak")
         fit.trainer.callbacks.append(watch)
         fit.start()
     place = here()
