@@ -29,7 +29,11 @@ _EXTRAS = frozenset(
         *("fsspec", "torchmetrics", "torchvision", "tqdm", "transformers", "yaml"),
     ]
 )
-_TOLD = {"BadItemError", "DivergedError"}  # what a run raises for the user; by name, as few commands import them
+_TOLD = {
+    "BadItemError",
+    "DataError",
+    "DivergedError",
+}  # what a run raises for the user; by name, as few commands import them
 _DISK = {ENOSPC, EDQUOT, EACCES, EPERM, EROFS, EFBIG, ENOTDIR}
 _COMMANDS = {
     "compare": "fit the RedNet of a recipe and its mirrored ResNet, and print one table of both",

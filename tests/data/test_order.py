@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from involution.data.order import Drawn, Order, loader, seed_all
+from involution.data.order import DataError, Drawn, Order, loader, seed_all
 
 
 class Items:
@@ -68,17 +68,29 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(workers):
     for epoch in range(2):
         items.sampler.set_epoch(epoch)
         epochs.append([[column.tolist() for column in batch] for batch in items])
-        assert items.state_dict() == {"epoch": epoch, "batches": 5}
+        assert items.state_dict() == {"epoch": epoch, "batches": 5, "together": 4}
     items.sampler.set_epoch(1)
     there = iter(items)
     next(there), next(there)
     again.load_state_dict(items.state_dict())
-    assert items.state_dict() == {"epoch": 1, "batches": 2}
+    assert items.state_dict() == {"epoch": 1, "batches": 2, "together": 4}
     again.sampler.set_epoch(1)
     assert [[column.tolist() for column in batch] for batch in again] == epochs[1][2:]
-    assert again.state_dict() == {"epoch": 1, "batches": 5}
+    assert again.state_dict() == {"epoch": 1, "batches": 5, "together": 4}
     again.sampler.set_epoch(0)
     assert [[column.tolist() for column in batch] for batch in again] == epochs[0]
+
+
+def test_batches_of_another_size_do_not_go_on_in_the_middle_of_an_epoch(on):
+    state = {"epoch": 1, "batches": 2, "together": 8}
+    on(1, 2)
+    items = loader(Items(22), 4, train=True)  # together as large
+    items.load_state_dict(state)
+    assert items.sampler.skipped == (1, 2)
+    items = loader(Items(22), 3, train=True)
+    with pytest.raises(DataError, match=r"`batch_size` times the number of processes must be 8, .*; got 6"):
+        items.load_state_dict(state)
+    items.load_state_dict(state | {"batches": 0})
 
 
 def test_loading_leaves_the_draws_of_training_alone():

@@ -172,6 +172,39 @@ def test_what_is_bad_is_named_or_left_out(root, tmp_path, classes):
     assert data._sets["train"].skipped >= 12
 
 
+def test_a_damaged_shard_is_read_once_and_its_items_replaced_from_others(root, monkeypatch):
+    whole = (root / "in-train-2.tar").read_bytes()
+    (root / "in-train-2.tar").write_bytes(whole[: len(whole) // 2])
+    read = []
+    monkeypatch.setattr("involution.data.shards.members", lambda path: (read.append(path.name), members(path))[1])
+    items = ImageNet(str(root), **SMALL, skip_bad=True).load("train")
+    found = [items[index][1] for index in range(12, 18)]
+    assert len(set(found)) == 6
+    assert not set(found) & set(range(12, 18))
+    assert items.skipped == 6
+    assert read.count("in-train-2.tar") == 1
+
+
+def test_names_of_splits_are_words_and_folders_of_classes_are_no_shards(root, tmp_path):
+    (root / "_info.json").unlink()
+    for path in root.glob("*train*.tar"):
+        path.rename(root / f"retrieval-{path.name}")
+    assert len(ImageNet(str(root), **SMALL)._sets["val"]) == 7
+    for split in ("train", "val"):
+        (tmp_path / "folders" / split / "n01").mkdir(parents=True)
+        (tmp_path / "folders" / split / "n01" / "a.jpg").write_bytes(picture(1))
+    write(tmp_path / "folders" / "ILSVRC2012_img_val.tar", {"a.jpg": picture(1)})  # as it was downloaded
+    data = ImageNet(str(tmp_path / "folders"), workers=0)
+    assert data.classes == ("n01",)
+
+
+def test_a_class_file_counts_before_other_facts(tmp_path):
+    write(
+        tmp_path / "train.tar", {"a.json": b'{"author": 1}', "a.jpg": b"", "a.cls": b"3", "b.png": b"", "b.cls": b"4"}
+    )
+    assert [member.number for member in members(tmp_path / "train.tar")] == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("files", "told"),
     [
@@ -210,4 +243,8 @@ def test_settings_that_do_not_fit(root):
     (root / "_info.json").unlink()
     for path in root.glob("*val*.tar"):
         path.unlink()
-    refused(r"there are no shards of val in .*imagenet: no val\*.tar, and no _info.json that names them")
+    refused(
+        r"there are no shards of val in .*imagenet: no tar file with validation or val in its name, and no _info.json"
+    )
+    refused("`root` s3://bucket/images cannot be read: Install s3fs", root="s3://bucket/images")
+    refused("`root` what://bucket cannot be read: ", root="what://bucket")

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from timm.optim import param_groups_weight_decay as timm_groups
 from torch import nn
+from torch.distributed.fsdp.wrap import enable_wrap
 from torch.utils.data import DataLoader
 
 from involution.cli import main
@@ -92,6 +93,21 @@ def test_weights_that_are_shared_out_keep_their_decay():
     assert [(group["weight_decay"], sum(p.numel() for p in group["params"])) for group in groups] == wanted
     assert wanted[0][0] == 0
     assert wanted[1][1] > 10 * wanted[0][1] > 0
+
+
+def test_parts_of_a_network_are_shared_out_one_by_one():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    module = small()
+    module.configure_model()
+    assert not any(isinstance(part, Wrapper) for part in module.modules())
+    with enable_wrap(wrapper_cls=Wrapper):
+        module.configure_model()
+    wrapped = [name for name, part in module.net.named_children() if isinstance(part, Wrapper)]
+    assert wrapped == ["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 
 
 def test_a_network_that_cannot_recompute_is_refused():

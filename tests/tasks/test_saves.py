@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from involution.cli import main
 from involution.tasks.commands import Command
+from involution.tasks.task import Task
 
 STEPS = 8  # of an epoch
 PACE = {"images/s", "waiting"}  # depend on the machine
@@ -105,9 +106,89 @@ def test_a_process_told_to_end_saves_and_goes_on_in_its_folder(capsys):
     assert logged("whole") == logged("ended")
 
 
+def test_a_checkpoint_from_the_middle_of_a_step_does_that_step_again(monkeypatch):
+    """Where a queue of jobs has Lightning save at any moment."""
+    assert main([*FIT, "--folder", "whole"]) == 0
+    begin = Task.on_train_batch_start
+
+    def save(task, batch, index):
+        if task.trainer.global_step == 11 and not Path("middle.ckpt").exists():
+            task.trainer.save_checkpoint("middle.ckpt")
+        begin(task, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "on_train_batch_start", save)
+        assert main([*FIT, "--folder", "other"]) == 0
+    assert main([*FIT, "--folder", "from-middle", "--ckpt_path", "middle.ckpt"]) == 0
+    assert_same("whole", "from-middle")
+
+
+def test_a_step_of_several_batches_is_not_cut_in_two():
+    args = [*FIT, "--trainer.accumulate_grad_batches", "4", "--save_every", "1"]
+    assert main([*args, "--folder", "whole"]) == 0
+    one = torch.load("whole/checkpoints/last.ckpt")
+    assert one["global_step"] == 2 * STEPS // 4
+    batches = []
+
+    def end():
+        batches.append(0)
+        if len(batches) == 2:  # of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with at(1, end):  # called after every batch until the second step is done
+        assert main([*args, "--folder", "ended", "--ckpt_path", "last"]) == 143
+    assert [path.name for path in Path("ended/checkpoints").iterdir()] == ["step-1.ckpt"]
+    assert main([*args, "--folder", "ended", "--ckpt_path", "last"]) == 0
+    other = torch.load("ended/checkpoints/last.ckpt")
+    assert all(torch.equal(other["state_dict"][name], value) for name, value in one["state_dict"].items())
+
+
+def test_a_fit_goes_on_behind_a_row_of_its_log_that_was_cut_off():
+    with at(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert main([*FIT, "--folder", "run"]) == 143
+    log = Path("run/metrics.csv")
+    log.write_text(log.read_text().rstrip()[:-12])
+    assert main([*FIT, "--folder", "run", "--ckpt_path", "last"]) == 0
+    with log.open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["lr"]]
+    assert steps[-1] == 2 * STEPS - 1
+
+
+def test_checkpoints_are_in_the_folder_whatever_the_logger_and_all_is_measured_again():
+    args = [*FIT, "--folder", "run", "--trainer.logger", "false", "--save_every", "4"]
+    assert main(args) == 0
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == {
+        *("best.ckpt", "last.ckpt"),
+        *(f"step-{step}.ckpt" for step in (4, 12)),  # not at the ends of epochs, where last.ckpt follows
+    }
+    assert main([*args, "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    assert torch.load("run/checkpoints/last.ckpt")["global_step"] == 3 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["--data.batch_size", "5000"], "`batch_size` must be at most 1100, for 1100 items to train on make no full"),
+        (["--trainer.overfit_batches", "2"], "`trainer.overfit_batches` needs an order of its own; give"),
+        (["--trainer.max_epochs", "-1"], "`trainer.max_epochs` or `trainer.max_steps` must end the fit"),
+    ],
+)
+def test_mistakes_that_show_when_a_fit_begins_are_told(settings, told, capsys):
+    assert main([*FIT, "--folder", "run", *settings]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_schedule_of_epochs_follows_steps_where_only_these_are_given():
+    steps = ["--trainer.max_epochs", "null", "--trainer.max_steps", str(2 * STEPS)]
+    for folder, settings in (("epochs", []), ("steps", steps)):
+        args = [*FIT, "--folder", folder, "--model.schedule", "cosine_by_epoch", "--model.warmup", "1", *settings]
+        assert main(args) == 0
+    assert_same("epochs", "steps")
+
+
 def test_only_the_newest_checkpoints_are_kept():
     assert main([*FIT, "--folder", "few", "--save_every", "2", "--keep", "2", "--trainer.max_epochs", "1"]) == 0
-    assert {path.name for path in Path("few/checkpoints").glob("step-*")} == {"step-6.ckpt", "step-8.ckpt"}
+    assert {path.name for path in Path("few/checkpoints").glob("step-*")} == {"step-4.ckpt", "step-6.ckpt"}
 
 
 def test_a_full_disk_stops_with_a_sentence_and_leaves_the_last_checkpoint_whole(capsys):

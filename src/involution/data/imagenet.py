@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from involution.data.items import Items, ItemsModule, open_image
+from involution.data.order import DataError
 from involution.data.shards import Shards, is_sharded
 
 Labelled = tuple[Tensor, int]
@@ -40,15 +41,15 @@ class Folders(Items[Labelled]):
     def __init__(self, root: Path, transform: Any, train: bool = False, skip_bad: bool = False) -> None:
         super().__init__(skip_bad, train)
         if not root.is_dir():
-            raise ValueError(f"there is no folder {root}; it must hold a folder of images for each class.")
+            raise DataError(f"there is no folder {root}; it must hold a folder of images for each class.")
         try:
             found = ImageFolder(root, allow_empty=True)
         except FileNotFoundError as error:
-            raise ValueError(f"{root} must hold a folder of images for each class: {error}") from None
+            raise DataError(f"{root} must hold a folder of images for each class: {error}") from None
         self.classes = tuple(found.classes)
         self._samples, self._transform = found.samples, transform
         if not self._samples:
-            raise ValueError(f"no folder in {root} holds an image that ends in {', '.join(IMG_EXTENSIONS)}.")
+            raise DataError(f"no folder in {root} holds an image that ends in {', '.join(IMG_EXTENSIONS)}.")
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -139,7 +140,7 @@ class ImageNet(ItemsModule):
         items = self._split(split)
         if items.classes != self.classes:
             different = sorted(set(items.classes) ^ set(self.classes))
-            raise ValueError(f"the classes of {split} in {self._root} are not those of val: {different[0]} is in one.")
+            raise DataError(f"the classes of {split} in {self._root} are not those of val: {different[0]} is in one.")
         return items
 
     def collate(self, items: Sequence[Labelled | None]) -> tuple[Tensor, Tensor]:

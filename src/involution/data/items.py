@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from involution.data.order import Order, Share, loader
+from involution.data.order import DataError, Order, Share, loader
 
 Kept = TypeVar("Kept")  # an item of any kind
 Item = tuple[Tensor, dict[str, Tensor]]
@@ -23,7 +23,7 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 UNLABELLED = 255  # of a pixel of a map that counts neither in training nor in measures
 
 
-class BadItemError(ValueError):
+class BadItemError(DataError):
     """An item of a data set that cannot be used: one sentence with its file."""
 
 

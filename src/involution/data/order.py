@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,10 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 _FILES_AT_ONCE = 4  # whose items are shuffled with one another
+
+
+class DataError(ValueError):
+    """Data that is not as it should be: one sentence for the user."""
 
 
 def loader(
@@ -28,8 +33,8 @@ def loader(
 
     In training the order changes with every epoch, whatever of an item is random is drawn anew, and an incomplete last
     batch is left out. Both follow from Lightning's seed, the epoch and the item alone, so a training goes on from the
-    middle of an epoch as if it had never stopped: Lightning keeps the loader's `state_dict` in its checkpoints. Batches
-    of several processes together are those of one process with as many times the `batch_size`.
+    middle of an epoch as if it had never stopped: Lightning keeps the loader's `state_dict` in its checkpoints. By
+    `Order`, batches of several processes together are those of one process with as many times the `batch_size`.
 
     Otherwise each item is loaded exactly once, in order, also where processes get different numbers of them.
 
@@ -48,6 +53,7 @@ def loader(
         num_workers=workers,
         collate_fn=collate,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -81,11 +87,11 @@ class Share(DistributedSampler[Any]):
         """How many of `count` items make full batches, as many for each process.
 
         Raises:
-            ValueError: if none do.
+            DataError: if none do.
         """
         full = count - count % (batch_size * self.num_replicas)
         if not full:
-            raise ValueError(
+            raise DataError(
                 f"`batch_size` must be at most {count // self.num_replicas}, for {count} items to train on make no "
                 f"full batch for each of {self.num_replicas} process(es); got {batch_size}."
             )
@@ -108,7 +114,7 @@ class Order(Share):
             process gets a run of them, and items are shuffled within a few files at a time.
 
     Raises:
-        ValueError: if there are not enough items to train on for one batch of every process.
+        DataError: if there are not enough items to train on for one batch of every process.
     """
 
     def __init__(
@@ -145,24 +151,49 @@ class Order(Share):
 
 
 class Resumable(DataLoader[Any]):
-    """A loader of training batches that can be put in the middle of an epoch."""
+    """A loader of training batches that can be put in the middle of an epoch.
+
+    Attributes:
+        waited: seconds in which the next batch was not there yet, since this loader was made.
+    """
 
     sampler: Share
+    waited = 0.0
     _batches = 0  # of this epoch that were handed out, or left out as they had been before
 
     def __iter__(self) -> Any:
         self._batches = self.sampler.batches_skipped
         # begun when the first batch is asked for, after Lightning has told the epoch: workers read ahead at once
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            begin = perf_counter()
+            batch = next(batches, None)
+            self.waited += perf_counter() - begin
+            if batch is None:
+                return
             self._batches += 1
             yield batch
 
+    @property
+    def together(self) -> int:
+        """Items of a batch, on all processes."""
+        return (self.batch_size or 1) * self.sampler.num_replicas
+
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
-        return {"epoch": self.sampler.epoch, "batches": self._batches}
+        """The epoch, how many of its batches were handed out, and how many items one has on all processes."""
+        return {"epoch": self.sampler.epoch, "batches": self._batches, "together": self.together}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """When the epoch of `state` is next iterated over, begin behind its batches."""
+        """When the epoch of `state` is next iterated over, begin behind its batches.
+
+        Raises:
+            DataError: if its batches had another number of items.
+        """
+        if state["batches"] and state.get("together", self.together) != self.together:
+            raise DataError(
+                f"`batch_size` times the number of processes must be {state['together']}, as in the checkpoint, which "
+                f"is from the middle of an epoch; got {self.together}."
+            )
         self.sampler.skipped = (state["epoch"], state["batches"])
 
 

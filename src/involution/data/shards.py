@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from involution.data.items import BadItemError, Items, open_image
-from involution.data.order import Order
+from involution.data.order import DataError, Order
 
 _INFO = "_info.json"  # of the shards of a folder, as timm writes it
 _NAMES = {"train": ("train",), "val": ("validation", "val")}  # of a split
+_SPLITS = [name for names in _NAMES.values() for name in names]
 
 
 class Member(NamedTuple):
@@ -36,13 +38,13 @@ class Member(NamedTuple):
 class Shards(Items[tuple[Tensor, int]]):
     """The images of one split in tar files; an item is a transformed image and its class.
 
-    In a tar file `KEY.jpg`, or another kind of image, has its class beside it: a number in `KEY.cls`, or `label` in
-    `KEY.json`. Shards are trained on file by file (see `Order`), and any of their items is read where it lies.
+    In a tar file `KEY.jpg`, or another kind of image, has its class beside it: a number in `KEY.cls`, or else `label`
+    in `KEY.json`. Shards are trained on file by file (see `Order`), and any of their items is read where it lies.
 
     Args:
         root: the folder of the tar files, or its address, such as https://host/folder or s3://bucket/folder. Which are
             of the split tells its `_info.json`, in the format of timm's data sets, which lists names and numbers of
-            samples; without it, on a disk, their names, which hold "train" or "val", or those of their folders.
+            samples; without it, on a disk, their names or those of their folders, in which "train" or "val" is a word.
         split: "train" or "val".
         transform: from an image of Pillow to a tensor.
         num_classes: how many classes there are.
@@ -69,14 +71,14 @@ class Shards(Items[tuple[Tensor, int]]):
     ) -> None:
         super().__init__(skip_bad, train)
         if num_classes < 1:
-            raise ValueError("shards do not tell how many classes there are; give it by `--data.num_classes`.")
+            raise DataError("shards do not tell how many classes there are; give it by `--data.num_classes`.")
         self.classes = tuple(map(str, range(num_classes)))
         self._transform, self._cache = transform, cache
-        self._members: dict[int, list[Member]] = {}  # of the shards that were opened
+        self._members: dict[int, list[Member] | BadItemError] = {}  # of the shards that were opened
         self._paths, self.counts = self._find(root.rstrip("/"), split)
         self._ends = list(accumulate(self.counts))
         if not self._ends[-1]:
-            raise ValueError(f"the shards of {split} in {root} hold no images.")
+            raise DataError(f"the shards of {split} in {root} hold no images.")
 
     def order(self, batch_size: int) -> Order:
         """In which this process asks for its items: file by file."""
@@ -104,28 +106,32 @@ class Shards(Items[tuple[Tensor, int]]):
             known = info["splits"]
             found = next((known[name] for name in _NAMES[split] if name in known), None)
             if found is None:
-                raise ValueError(
-                    f"{root}/{_INFO} has no split {' or '.join(_NAMES[split])}; it has {', '.join(known)}."
-                )
+                raise DataError(f"{root}/{_INFO} has no split {_or(_NAMES[split])}; it has {', '.join(known)}.")
             return [f"{root}/{name}" for name in found["filenames"]], [int(count) for count in found["shard_lengths"]]
-        paths = sorted(Path(root).glob(f"*{split}*.tar")) or sorted(Path(root).glob(f"{split}*/*.tar"))
+        names = "|".join(_NAMES[split])
+        named = re.compile(rf"(^|[^a-z])({names})([^a-z]|$)", re.IGNORECASE)  # as a word: "retrieval" holds a "val"
+        paths = sorted(path for path in _tars(Path(root)) if named.search(path.relative_to(root).as_posix()))
         if not paths:
-            raise ValueError(
-                f"there are no shards of {split} in {root}: no {split}*.tar, and no {_INFO} that names them."
+            raise DataError(
+                f"there are no shards of {split} in {root}: no tar file with {_or(_NAMES[split])} in its name, and no "
+                f"{_INFO} that lists them."
             )
         shown = tqdm(paths, f"counting images of {split}", file=sys.stderr, leave=False, disable=None)
         try:
             lists = [members(path) for path in shown]
         except BadItemError as error:
-            raise ValueError(str(error)) from None
-        self._members = dict(enumerate(lists))
+            raise DataError(str(error)) from None
+        self._members.update(enumerate(lists))
         return [str(path) for path in paths], [len(each) for each in lists]
 
     def _info(self, root: str) -> dict[str, Any] | None:
-        files, folder = url_to_fs(root)
+        try:
+            files, folder = url_to_fs(root)
+        except (ImportError, ValueError) as error:  # an address of a kind that takes another package, or of none
+            raise DataError(f"`root` {root} cannot be read: {error}.") from error
         if not files.exists(f"{folder}/{_INFO}"):
             if "://" in root:
-                raise ValueError(f"there is no {root}/{_INFO}, which must list the shards and how much each holds.")
+                raise DataError(f"there is no {root}/{_INFO}, which must list the shards and how much each holds.")
             return None
         try:
             info: dict[str, Any] = json.loads(files.cat_file(f"{folder}/{_INFO}"))
@@ -133,19 +139,31 @@ class Shards(Items[tuple[Tensor, int]]):
                 if len(split["filenames"]) != len(split["shard_lengths"]):
                     raise ValueError("it has other numbers of `filenames` and `shard_lengths`")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{root}/{_INFO} does not describe shards as timm's data sets do: {error!r}.") from error
+            raise DataError(f"{root}/{_INFO} does not describe shards as timm's data sets do: {error!r}.") from error
         return info
 
+    def candidates(self, index: int) -> Iterator[int]:
+        """The item at `index`; then those as far on in other shards, as a whole shard may be bad; then all others."""
+        length = -(-len(self) // len(self.counts))
+        jumps = ((index + length * jump) % len(self) for jump in range(1, len(self.counts) if self._train else 0))
+        return chain([index], jumps, islice(super().candidates(index), 1, None))
+
     def _listed(self, shard: int) -> list[Member]:
-        """What a shard holds, read when it is first asked for."""
+        """What a shard holds, read when it is first asked for; what is wrong with it is remembered too."""
         if shard not in self._members:
-            found = members(self._local(self._paths[shard]))
-            if len(found) != self.counts[shard]:
-                raise BadItemError(
-                    f"{self._paths[shard]} holds {len(found)} images; {_INFO} tells of {self.counts[shard]}."
-                )
-            self._members[shard] = found
-        return self._members[shard]
+            try:
+                found = members(self._local(self._paths[shard]))
+                if len(found) != self.counts[shard]:
+                    raise BadItemError(
+                        f"{self._paths[shard]} holds {len(found)} images; {_INFO} tells of {self.counts[shard]}."
+                    )
+                self._members[shard] = found
+            except BadItemError as error:
+                self._members[shard] = error
+        listed = self._members[shard]
+        if isinstance(listed, BadItemError):
+            raise listed
+        return listed
 
     def _local(self, path: str) -> Path:
         """A shard on a disk; one behind an address is copied to the cache, once for all processes."""
@@ -164,8 +182,11 @@ class Shards(Items[tuple[Tensor, int]]):
 
 
 def is_sharded(root: str) -> bool:
-    """Whether `root` is an address, or a folder of tar files."""
-    return "://" in root or any(True for name in (_INFO, "*.tar", "*/*.tar") for _ in Path(root).glob(name))
+    """Whether `root` is an address, or a folder of tar files and not of folders of classes."""
+    folder = Path(root)
+    if "://" in root or (folder / _INFO).exists():
+        return True
+    return bool(_tars(folder)) and not any(path.is_dir() for name in _SPLITS for path in (folder / name).glob("*"))
 
 
 def members(path: Path) -> list[Member]:
@@ -174,8 +195,8 @@ def members(path: Path) -> list[Member]:
     Raises:
         BadItemError: if the file cannot be read, or an image is without a class.
     """
-    found: dict[str, list[tarfile.TarInfo]] = {}
-    numbers: dict[str, int] = {}
+    images: list[tuple[str, tarfile.TarInfo]] = []
+    labels: dict[str, tuple[str, Any]] = {}  # of a key, by .cls rather than .json
     try:
         with tarfile.open(path, "r:") as file:
             for member in file:
@@ -183,18 +204,32 @@ def members(path: Path) -> list[Member]:
                 stem, _, extension = name.partition(".")
                 key, extension = f"{folder}/{stem}", f".{extension.lower()}"
                 if extension in IMG_EXTENSIONS:
-                    found.setdefault(key, []).append(member)
-                elif extension in (".cls", ".json"):
+                    images.append((key, member))
+                elif extension == ".cls" or (extension == ".json" and key not in labels):
                     content = file.extractfile(member)
-                    told: Any = json.load(content) if content else None
-                    numbers[key] = int(told if extension == ".cls" else told["label"])
+                    labels[key] = (member.name, content.read() if content else b"")
             if path.stat().st_size < file.offset + tarfile.BLOCKSIZE:  # no block of zeros: Python lets it pass
                 raise tarfile.ReadError("it is cut off.")
     except (tarfile.TarError, OSError) as error:
         raise BadItemError(f"{path} cannot be read as a tar file: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadItemError(f"{path}: {member.name} does not tell a class: {error!r}.") from error
-    for key in found:
-        if key not in numbers:
-            raise BadItemError(f"{path}: {found[key][0].name} has no {key.lstrip('/')}.cls beside it, nor .json.")
-    return [Member(each.name, each.offset_data, each.size, numbers[key]) for key in found for each in found[key]]
+    found = []
+    for key, member in images:
+        if key not in labels:
+            raise BadItemError(f"{path}: {member.name} has no {key.lstrip('/')}.cls beside it, nor .json.")
+        name, content = labels[key]
+        try:
+            told = json.loads(content)
+            number = int(told if name.lower().endswith(".cls") else told["label"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadItemError(f"{path}: {name} does not tell a class: {error!r}.") from error
+        found.append(Member(member.name, member.offset_data, member.size, number))
+    return found
+
+
+def _tars(folder: Path) -> list[Path]:
+    """The tar files in a folder, and in the folders of splits there."""
+    return [path for place in (folder, *(folder / name for name in _SPLITS)) for path in place.glob("*.tar")]
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(names)

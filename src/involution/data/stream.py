@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from involution.data.items import BadItemError, Items, open_image
-from involution.data.order import Share
+from involution.data.order import DataError, Share
 
 _NAMES = {"train": ("train",), "val": ("validation", "val", "test")}  # of a split
 _BUFFER = 1024  # images that wait to be drawn from, some hundred megabytes
@@ -65,22 +65,22 @@ class Stream(Items[tuple[Tensor, int]]):
         try:
             parts = load_dataset(path, streaming=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a data set of Hugging Face: {error}") from error
+            raise DataError(f"{path} cannot be read as a data set of Hugging Face: {error}") from error
         name = next((name for name in _NAMES[split] if name in parts), None)
         if name is None:
-            raise ValueError(f"{path} has no split {' or '.join(_NAMES[split])}; it has {', '.join(parts)}.")
+            raise DataError(f"{path} has no split {' or '.join(_NAMES[split])}; it has {', '.join(parts)}.")
         stream = parts[name]
         features: Features = stream.features or stream._resolve_features().features
         self._image, self._label = _columns(path, features)
         self.stream: IterableDataset = stream.cast_column(self._image, ImageFeature(decode=False))
         label = features[self._label]
         if not isinstance(label, ClassLabel) and num_classes < 1:
-            raise ValueError(f"{path} does not tell how many classes there are; give it by `--data.num_classes`.")
+            raise DataError(f"{path} does not tell how many classes there are; give it by `--data.num_classes`.")
         self.classes = tuple(label.names) if isinstance(label, ClassLabel) else tuple(map(str, range(num_classes)))
         told = (stream.info.splits or {}).get(name)
         self.count = count or (told.num_examples if told else 0)
         if train and not self.count:
-            raise ValueError(f"{path} does not tell how many images there are; give it by `--data.train_images`.")
+            raise DataError(f"{path} does not tell how many images there are; give it by `--data.train_images`.")
 
     def order(self, batch_size: int) -> Share:
         """In which this process asks for its items."""
@@ -161,5 +161,5 @@ def _columns(path: str, features: Features) -> tuple[str, str]:
     if not labels:
         labels = [name for name, kind in features.items() if isinstance(kind, Value) and "int" in kind.dtype]
     if len(images) != 1 or len(labels) != 1:
-        raise ValueError(f"an item of {path} must hold one image and one class; it holds {', '.join(features)}.")
+        raise DataError(f"an item of {path} must hold one image and one class; it holds {', '.join(features)}.")
     return images[0], labels[0]

@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -160,6 +161,7 @@ class Command(LightningCLI):
                 raise ValueError(f"`model.options.{name}` must be {wanted}, as in the data; got {value}.")
         if self._checkpoint is not None:
             self.model.on_load_checkpoint(self._checkpoint)
+            self._checkpoint = None  # Lightning reads it again
         if self._command == "predict" and self.config["predict"]["images"]:
             if self._classes is None:
                 raise ValueError("`images` are for detection and segmentation; leave it out.")
@@ -193,6 +195,8 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with our progress display and the folder of the run."""
         settings = self._get(self.config_init, "trainer")
+        if settings.overfit_batches:
+            raise ValueError("`trainer.overfit_batches` needs an order of its own; give `trainer.limit_train_batches`.")
         if settings.enable_progress_bar is not False:
             settings.callbacks = [*(settings.callbacks or []), Progress()]
         if self._command == "fit":
@@ -200,7 +204,11 @@ class Command(LightningCLI):
             kwargs["default_root_dir"] = folder if self._goes_on else _free(folder)
             if settings.enable_checkpointing is not False and not settings.fast_dev_run:
                 every, keep = (self._get(self.config, name) for name in ("save_every", "keep"))
-                settings.callbacks = [*(settings.callbacks or []), Saves(every, keep)]
+                place = Path(kwargs["default_root_dir"]) / "checkpoints"  # whatever logger there is
+                for callback in settings.callbacks or []:
+                    if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                        callback.dirpath = str(place)
+                settings.callbacks = [*(settings.callbacks or []), Saves(place, every, keep)]
             settings.callbacks = [*(settings.callbacks or []), Pace()]
             kwargs["plugins"] = [*(settings.plugins or []), WholeFiles()]
         if settings.logger is None and self._command == "fit":

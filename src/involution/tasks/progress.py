@@ -79,23 +79,21 @@ class Pace(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count."""
-        self._images, self._waited = 0, 0.0
-        self._begin = self._ready = perf_counter()
+        self._images, self._before, self._begin = 0, self._waited(trainer), perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count, also in the middle of an epoch."""
         self.on_train_epoch_start(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch is there."""
-        self._waited += perf_counter() - self._ready
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and wait for the next one."""
+        """Log."""
         self._images += len(batch[0]) * trainer.world_size
-        self._ready = perf_counter()
-        length = self._ready - self._begin
+        length = perf_counter() - self._begin
         pl_module.log("images/s", self._images / length, prog_bar=True)
-        pl_module.log("waiting", self._waited / length)
+        pl_module.log("waiting", (self._waited(trainer) - self._before) / length)
+
+    @staticmethod
+    def _waited(trainer: Trainer) -> float:
+        return float(getattr(trainer.train_dataloader, "waited", 0.0))

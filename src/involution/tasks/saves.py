@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from io import BytesIO
 from pathlib import Path
@@ -53,11 +54,12 @@ class Saves(ModelCheckpoint):
     """Checkpoints to go on from: every few steps, the newest kept; when the process is told to end; and every epoch.
 
     Args:
+        folder: where they are written.
         steps: optimizer steps between two checkpoints.
         keep: how many there are at most.
     """
 
-    def __init__(self, steps: int, keep: int) -> None:
+    def __init__(self, folder: Path, steps: int, keep: int) -> None:
         super().__init__(
             filename="step-{step}",
             auto_insert_metric_name=False,
@@ -69,19 +71,28 @@ class Saves(ModelCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+        self.dirpath = str(folder)  # as the user wrote it, where Lightning would make it absolute
 
     @property
     def state_key(self) -> str:
         """Under which its state is kept: the same for all settings, so that these may change where a fit goes on."""
         return type(self).__name__
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save every few steps, but not at the end of an epoch: one that goes on from there would not be measured."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write last.ckpt, the end of the last epoch; Lightning's own is that of the last improvement."""
         trainer.save_checkpoint(Path(self.dirpath or "") / LAST, weights_only=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save when the process is told to end, which Lightning heeds between two steps; not amid an error."""
-        if isinstance(exception, SIGTERMException):
+        """Save when the process is told to end, which Lightning heeds between two batches; not amid an error.
+
+        Nor amid a step of several batches, whose gradients a checkpoint does not hold.
+        """
+        if isinstance(exception, SIGTERMException) and not trainer.fit_loop.epoch_loop._should_accumulate():
             super().on_exception(trainer, pl_module, exception)
 
 
@@ -106,11 +117,16 @@ class Log(CSVLogger):
             rows = []
             if path.exists():
                 with path.open(newline="") as file:
-                    rows = [row for row in csv.DictReader(file) if int(row["step"]) < self._steps]
+                    rows = [row for row in csv.DictReader(file) if _step(row) < self._steps]
             writer = super().experiment  # which removes the file
             writer.metrics = [{name: value for name, value in row.items() if value} for row in rows]
             writer.save()
         return self._experiment
+
+
+def _step(row: dict[str, str | None]) -> float:
+    """The step of a logged row; that of a row that was cut off is never reached."""
+    return int(step) if (step := row["step"] or "").isdigit() and None not in row.values() else math.inf
 
 
 def newest(folder: Path) -> Path | None:

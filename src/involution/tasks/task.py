@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch import LightningModule
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.fsdp.wrap import wrap
 from torch.optim.lr_scheduler import LambdaLR
 
-from involution.data.order import Resumable, seed_all
+from involution.data.order import DataError, Resumable, seed_all
 from involution.names import unknown
 from involution.weights import mismatch
 
@@ -109,6 +110,12 @@ class Task(LightningModule):
         # Told now, as weights that are shared out over devices lose their shapes.
         self._plain = {name for name, weight in net.named_parameters() if weight.ndim <= 1 or name.endswith(".bias")}
 
+    def configure_model(self) -> None:
+        """Share the network out part by part, under a strategy that shares weights out; else nothing happens."""
+        for name, part in self.net.named_children():
+            if next(part.parameters(), None) is not None:
+                setattr(self.net, name, wrap(part))
+
     def on_fit_start(self) -> None:
         """Compile the network, in place, so that its weights keep their names."""
         if self.hparams["compile"]:
@@ -121,7 +128,9 @@ class Task(LightningModule):
         """
         loader: Any = self.trainer.train_dataloader
         if self._loader_states and isinstance(loader, Resumable):
-            loader.load_state_dict(self._loader_states[0])
+            # those that Lightning will not do again: the loader has also handed out one that was not trained on yet
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            loader.load_state_dict({**self._loader_states[0], "batches": done})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the learning rate, and seed what the step draws, so that a step is the same whenever it is taken."""
@@ -177,11 +186,17 @@ class Task(LightningModule):
             **options,
         )
         names = ("schedule", "warmup", "warmup_from", "milestones", "floor")
-        share = learning_rate(
-            int(self.trainer.estimated_stepping_batches),
-            **{name: settings[name] for name in names},
-            epochs=self.trainer.max_epochs or 1,
-        )
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise DataError(
+                "`trainer.max_epochs` or `trainer.max_steps` must end the fit, as the learning rate follows it."
+            )
+        epochs = self.trainer.max_epochs or 0
+        if epochs < 1:  # only steps are given
+            self.trainer.fit_loop.setup_data()  # else it does not know how many batches there are
+            an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            epochs = math.ceil(steps / an_epoch)
+        share = learning_rate(int(steps), **{name: settings[name] for name in names}, epochs=epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}
 
     def _groups(self, plain: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
@@ -205,6 +220,8 @@ class Task(LightningModule):
         """Refuse the checkpoint of another network, before torch does in many lines; remember where its data was."""
         states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         self._loader_states = states.get("combined_loader", [])
+        if "state_dict" not in checkpoint:  # a strategy that shares weights out has taken them, when they were checked
+            return
         problem = mismatch(self.state_dict(), checkpoint["state_dict"])
         if problem:
             raise ValueError(
