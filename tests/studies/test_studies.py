@@ -2,14 +2,18 @@
 
 import csv
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
+from involution.analysis.record import append
 from involution.cli import main
+from involution.studies import command
 from involution.studies.results import chosen, results, table, told
 from involution.studies.study import read, studies
+from involution.tasks.report import Row
 
 TINY = {
     "question": "Does it run?",
@@ -113,9 +117,38 @@ def test_rows_of_another_version_are_refused(tiny, capsys):
     assert "out/tiny.csv has a row of another version of the study, K = 3 with seed 0" in capsys.readouterr().err
 
 
+def test_rows_of_another_recipe_or_with_other_measures_are_refused(tiny, capsys):
+    study = read(tiny())
+    append([row(study, "K = 3", 0, 0.002, 0.6, 0.1)], Path("out/tiny.csv"))
+    assert main(["study", tiny(recipe="scenes/largest"), "--out", "out"]) == 2
+    assert "out/tiny.csv has a row of another version of the study, K = 3 with seed 0" in capsys.readouterr().err
+    assert main(["study", tiny(measures=["accuracy", "loss"]), "--out", "out"]) == 2
+    assert "out/tiny.csv lacks the measure loss of the study; move it away" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_told_when_the_others_are_done(tiny, capsys, monkeypatch):
+    def train(study, run, folder):
+        if run.rate == 0.002:
+            raise ValueError("the loss is nan")
+        return {key: value for key, value in row(study, "K = 3", 0, run.rate, 0.5, 0.6).items() if key in measured}
+
+    measured = ("minutes", "peak_mib", "validation_accuracy", "test_accuracy", "device", "threads", "torch", "commit")
+    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "costs", lambda *_: {"K = 3": Row("K = 3", 1, 2, 3.0, {})})
+    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda count, mp_context, **_: ThreadPoolExecutor(count))
+    assert main(["study", tiny(rates=[0.002, 0.004, 0.008]), "--out", "out"]) == 2
+    told = "1 of 3 runs failed; the first, K = 3 with seed 0 at the learning rate 0.002: the loss is nan"
+    assert told in capsys.readouterr().err
+    with open("out/tiny.csv", newline="") as file:
+        assert sorted(row["rate"] for row in csv.DictReader(file)) == ["0.004", "0.008"]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"rates": ["2e-3"]}, "`rates` of a study must be numbers, such as 0.002 or 1; got '2e-3'."),
+        ({"seeds": 3}, "must be a list; got 3."),
+        ({"settings": None}, "must be settings by name; got None."),
         ({"variants": {}}, "`variants` of a study must not be empty."),
         ({"recipe": "digit"}, "unknown recipe 'digit'; did you mean 'digits'?"),
         ({"seed": 3}, "unknown part of a study 'seed'; did you mean 'seeds'?"),
@@ -134,6 +167,9 @@ def test_unknown_studies_and_incomplete_files_are_told(capsys):
     Path("empty.yaml").write_text("question: What?\n")
     assert main(["study", "empty.yaml"]) == 2
     assert "empty.yaml does not describe a study; it lacks `claim`." in capsys.readouterr().err
+    Path("broken.yaml").write_text("question: [")
+    assert main(["study", "broken.yaml"]) == 2
+    assert "broken.yaml is no YAML file: " in capsys.readouterr().err
     assert main(["study", "cost", "--lanes", "0"]) == 2
     assert "`lanes` must be at least 1; got 0." in capsys.readouterr().err
 

@@ -81,14 +81,19 @@ class _Lanes:
         if not runs:
             return []
         spent, rows, jobs = self._costs, [], {}  # the costs are timed now, before anything runs beside
-        with ProcessPoolExecutor(
+        failed: list[tuple[Run, BaseException]] = []
+        pool = ProcessPoolExecutor(
             self._count, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(self._threads,)
-        ) as pool:
+        )
+        try:
             for run in runs:
                 place = self._folder / f"{run.variant}-{run.rate:g}-{run.seed}".replace("/", "-").replace(" ", "-")
                 jobs[pool.submit(train, self._plan, run, place)] = run
             for job in tqdm(as_completed(jobs), "training", len(jobs), file=sys.stderr, unit="run", disable=None):
-                run = jobs[job]
+                run, error = jobs[job], job.exception()
+                if error is not None:  # told when the others are done
+                    failed.append((run, error))
+                    continue
                 cost = spent[run.variant]
                 row = {
                     "variant": run.variant,
@@ -103,6 +108,11 @@ class _Lanes:
                 rows.append(row)
                 if path is not None:
                     append([row], path)
+        finally:
+            pool.shutdown(cancel_futures=True)  # of what has not begun, when this is interrupted
+        if failed:
+            run, error = failed[0]
+            raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the first, {run}: {error}") from error
         return rows
 
     @cached_property
@@ -131,6 +141,9 @@ def _rows(plan: Study, path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    for name in plan.measures:
+        if rows and f"test_{name}" not in rows[0]:
+            raise ValueError(f"{path} lacks the measure {name} of the study; move it away, or give another `out`.")
     for row in rows:
         if row.get("variant") not in plan.variants or _row([row], _run(plan, row)) is None:
             raise ValueError(

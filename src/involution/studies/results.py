@@ -77,7 +77,7 @@ def table(study: Study, found: Sequence[Result]) -> str:
                 f"{result.rate:g}",
                 *(f"{result.mean(name):.1%} ± {100 * result.deviation(name):.1f}" for name in study.measures),
                 number(mean(result.values("minutes"))),
-                number(max(result.values("peak_mib"))),
+                number(median(result.values("peak_mib"))),  # the first run of a process takes more
             )
         )
     return markdown(lines)

@@ -42,12 +42,16 @@ class Run:
     variant: str
     seed: int
     rate: float
+    recipe: str
     settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.variant} with seed {self.seed} at the learning rate {self.rate:g}"
 
     @property
     def configuration(self) -> str:
-        """All settings that differ from the recipe, as JSON: the same text, the same training."""
-        return json.dumps(dict(self.settings), sort_keys=True)
+        """The recipe, and all settings that differ from it, as JSON: the same text, the same training."""
+        return json.dumps({"recipe": self.recipe, **self.settings}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Study:
         panels: plots of the picture.
 
     Raises:
-        ValueError: if there is nothing to run, or a panel shows a variant or measure that there is not.
+        ValueError: if there is nothing to run, a rate or seed is no number, or a panel shows a variant or measure that
+            there is not.
     """
 
     question: str
@@ -88,6 +93,10 @@ class Study:
         for name in ("measures", "rates", "seeds", "variants"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` of a study must not be empty.")
+        for name, kind in (("rates", (int, float)), ("seeds", int)):
+            for value in getattr(self, name):
+                if not isinstance(value, kind):  # to YAML 2e-3 is a text
+                    raise ValueError(f"`{name}` of a study must be numbers, such as 0.002 or 1; got {value!r}.")
         for panel in self.panels:
             if panel.y and panel.y not in self.measures:
                 raise ValueError(unknown("measure", panel.y, self.measures))
@@ -103,7 +112,7 @@ class Study:
     def run(self, variant: str, seed: int, rate: float) -> Run:
         """One training of the study."""
         settings = {**self.settings, **self.variants[variant], "model.lr": rate, "seed_everything": seed}
-        return Run(variant, seed, rate, settings)
+        return Run(variant, seed, rate, self.recipe, settings)
 
     def search(self) -> list[Run]:
         """The runs that find each variant its learning rate."""
@@ -112,6 +121,12 @@ class Study:
     def repeats(self, rates: Mapping[str, float]) -> list[Run]:
         """The runs with further seeds, given the learning rate of each variant."""
         return [self.run(variant, seed, rates[variant]) for seed in self.seeds[1:] for variant in self.variants]
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("measures", "rates", "seeds", "panels"), list),
+    **dict.fromkeys(("variants", "settings", "grid"), dict),
+}
 
 
 def studies() -> dict[str, Path]:
@@ -132,9 +147,16 @@ def read(name: str) -> Study:
     path = packaged.get(name, Path(name))
     if not path.is_file():
         raise ValueError(unknown("study", name, packaged) + " One of your own is given by the path of its file.")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not describe a study; it must hold settings by name.")
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name, kind()), kind):
+            what = "a list" if kind is list else "settings by name"
+            raise ValueError(f"`{name}` in {path} must be {what}; got {content[name]!r}.")
     if "grid" in content:
         content |= _grid(**content.pop("grid"))
     known = [field.name for field in fields(Study)]
