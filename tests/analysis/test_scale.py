@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -12,13 +13,14 @@ from involution.cli import main
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
-def test_features_that_are_kept_are_those_a_process_holds():
-    network = timm.create_model("resnet26").to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("name", ["rednet26", "resnet26"])
+def test_features_that_are_kept_are_those_a_process_holds(name):
+    network = timm.create_model(name).to(memory_format=torch.channels_last)
     images = torch.rand(8, 3, 192, 192).to(memory_format=torch.channels_last)
     held = []
     network(images[:1])  # libraries start their threads
     rise = rise_mib(lambda: held.append(network(images)))
-    computed = kept("resnet26", 8, 192) / 2**20
+    computed = kept(name, 8, 192) / 2**20
     assert 1 < rise / computed < 1.25  # at its highest there is a little more than what is kept
 
 
@@ -59,7 +61,8 @@ def test_mistakes_are_told(capsys):
         (["--images", "0"], "`images` must be at least 1; got 0."),
         (["--devices", "[8,0]"], "`devices` must be at least 1; got [8, 0]."),
         (["--gigabytes_per_second", "0"], "`gigabytes_per_second` must be above 0; got 0.0."),
-        (["--networks", "[rednet27]"], "rednet27"),
+        (["--networks", "[rednet27]"], "unknown network 'rednet27'; did you mean"),
+        (["--networks", "[shallow]"], "`networks` must name networks that can recompute"),
     ):
         assert main(["scale", *args]) == 2
         assert told in capsys.readouterr().err

@@ -70,6 +70,7 @@ def test_two_processes_train_as_one_with_batches_twice_as_large():
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
     # 197 images, on two processes 99 and 98
+    assert torch.tensor(measures("two")).shape == (2, 2)
     torch.testing.assert_close(torch.tensor(measures("two")), torch.tensor(measures("one")), rtol=1e-6, atol=0)
 
 

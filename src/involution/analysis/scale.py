@@ -76,10 +76,11 @@ def scale(
         [
             markdown(lines),
             f"For {images} images of {size} x {size} a device. *Weights*: they, their gradients and momentum, in "
-            "float32; *shared out* by `fsdp`. *Features*: what is kept for the backward pass, in float32, in bfloat16, "
-            "and with `--model.recompute true`, beside which there is one block at a time. *Sent* by each device: a "
-            "ring that sums the gradients; with `fsdp`, two that gather the weights and one that shares out the "
-            f"gradients. *ms* at {gigabytes_per_second:g} GB/s, most of it while the backward pass computes.",
+            "float32; *shared out* by `fsdp`, beside which one stage is whole at a time. *Features*: what is kept for "
+            "the backward pass, in float32, in bfloat16, and with `--model.recompute true`, beside which there is one "
+            "block at a time. *Sent* by each device: a ring that sums the gradients; with `fsdp`, two that gather the "
+            f"weights and one that shares out the gradients. *ms* at {gigabytes_per_second:g} GB/s, most of it while the "
+            "backward pass computes.",
         ]
     )
     print(told)
@@ -101,6 +102,8 @@ def kept(name: str, images: int, size: int, dtype: torch.dtype = torch.float32, 
     with torch.device("meta"):
         network = build(name).to(dtype)
         batch = torch.empty(images, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    if not hasattr(network, "set_grad_checkpointing"):
+        raise ValueError(f"`networks` must name networks that can recompute their features; {name} cannot.")
     network.set_grad_checkpointing(recompute)
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     found: dict[int, Any] = {}  # the storages themselves, which must live for their numbers to differ

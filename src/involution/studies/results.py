@@ -10,10 +10,11 @@ from typing import Any
 
 from involution.analysis.readme import between
 from involution.analysis.table import markdown, number
-from involution.studies.study import Panel, Study
+from involution.studies.study import Study
 
 Rows = Sequence[Mapping[str, Any]]
 
+_ASIDE = 0.06  # of the distance between two labels
 _COLOURS = ("#d1495b", "#30343a", "#edae49", "#00798c", "#8d96a3", "#6a4c93", "#66a182")
 
 
@@ -84,19 +85,28 @@ def table(study: Study, found: Sequence[Result]) -> str:
 
 
 def draw(study: Study, found: Sequence[Result], picture: Path) -> None:
-    """Draw the panels of the study side by side: means, and deviations over seeds as bars."""
+    """Draw the panels of the study side by side: lines through means, and every seed as a point."""
     from matplotlib.figure import Figure
 
     known = {result.variant: result for result in found}
     figure = Figure(figsize=(max(6.0, 4.2 * len(study.panels)), 4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(study.panels), squeeze=False)[0], study.panels, strict=True):
         measure = panel.y or study.measures[0]
-        for colour, line in zip(_COLOURS, panel.lines, strict=False):
+        labels = list(dict.fromkeys(label for line in panel.lines for label in panel.points(line)))
+        for index, (colour, line) in enumerate(zip(_COLOURS, panel.lines, strict=False)):
             here = {label: known[name] for label, name in panel.points(line).items() if name in known}
-            means = [result.mean(measure) for result in here.values()]
-            bars = [result.deviation(measure) for result in here.values()]
-            axes.errorbar(_places(panel, here), means, bars, marker="o", ms=4, capsize=3, color=colour, label=line)
+            aside = _ASIDE * (index - (len(panel.lines) - 1) / 2)  # else points of one line cover those of another
+            if panel.x == "macs":
+                places = [result.values("macs")[0] / 1e6 for result in here.values()]
+            else:
+                places = [labels.index(label) + aside for label in here]
+            axes.plot(places, [result.mean(measure) for result in here.values()], color=colour, label=line)
+            for place, result in zip(places, here.values(), strict=True):
+                values = result.values(f"test_{measure}")
+                axes.plot([place] * len(values), values, "o", ms=5, mec="white", mew=0.5, color=colour, alpha=0.7)
         axes.set(xlabel="multiply-adds of an image, millions" if panel.x == "macs" else panel.x, ylabel=measure)
+        if panel.x != "macs":
+            axes.set_xticks(range(len(labels)), labels)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.lines) > 1:
@@ -145,7 +155,3 @@ def told(study: Study, label: str, found: Sequence[Result], path: Path) -> str:
 
 def _of(rows: Rows, variant: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["variant"] == variant]
-
-
-def _places(panel: Panel, here: Mapping[str, Result]) -> list[Any]:
-    return [result.values("macs")[0] / 1e6 for result in here.values()] if panel.x == "macs" else list(here)
