@@ -79,8 +79,8 @@ def scale(
             "float32; *shared out* by `fsdp`, beside which one stage is whole at a time. *Features*: what is kept for "
             "the backward pass, in float32, in bfloat16, and with `--model.recompute true`, beside which there is one "
             "block at a time. *Sent* by each device: a ring that sums the gradients; with `fsdp`, two that gather the "
-            f"weights and one that shares out the gradients. *ms* at {gigabytes_per_second:g} GB/s, most of it while the "
-            "backward pass computes.",
+            f"weights and one that shares out the gradients. *ms* at {gigabytes_per_second:g} GB/s, most of it while "
+            "the backward pass computes.",
         ]
     )
     print(told)
