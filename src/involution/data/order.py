@@ -138,9 +138,8 @@ class Order(Share):
     def _from_files(self, files: Sequence[int], generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(len(files), generator=generator) if self.shuffle else torch.arange(len(files))
         items = torch.arange(self._count).split(list(files))
-        mine = torch.cat([items[file] for file in order.tolist()])[: self._end].tensor_split(self.num_replicas)[
-            self.rank
-        ]
+        shuffled = torch.cat([items[file] for file in order.tolist()])
+        mine = shuffled[: self._end].tensor_split(self.num_replicas)[self.rank]
         if not self.shuffle:
             return mine
         window = max(1, _FILES_AT_ONCE * self._count // len(files))
