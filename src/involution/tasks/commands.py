@@ -299,6 +299,8 @@ def _calm() -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     # The averaged weights are those a checkpoint holds, so a test has what it needs.
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading a checkpoint")
+    # Our hook changes nothing unless the weights are shared out.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     # Lightning's own use of torch and jsonargparse, which nobody who reads of it here could change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
