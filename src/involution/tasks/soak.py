@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -84,9 +85,7 @@ class Watch(Callback):
         if trainer.sanity_checking or (self.rows and now - 60 * self.rows[-1]["minutes"] < _EVERY):
             return
         gc.collect()  # what is left then is held
-        workers = [
-            _resident(int(child)) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        ]
+        workers = [_resident(worker.pid or 0) for worker in active_children()]
         self.rows.append(
             {
                 "minutes": round(now / 60, 3),
