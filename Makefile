@@ -1,6 +1,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
+# Where this is set, every start of python would compile torch, timm and others anew: eight seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup train test test-slow test-browser explore bench-gpu bench-scenes package-weights sanitize arm64 lint
 
 help: ## Show this list
