@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def libraries(pytestconfig: pytest.Config) -> Path:
 
 
 def _calls(case: Case, dtype: torch.dtype, layout: str) -> list[partial[torch.Tensor]]:
-    """Each of the four ops on a case, ready to be called."""
+    """Each of the ops on a case, ready to be called."""
     tensors = [lay(t, len(case.size)) for lay, t in zip(LAYOUTS[layout], case.tensors(dtype), strict=True)]
     x, _, grad = tensors
     w, taps = case.window, case.groups * prod(case.window.kernel_size)
@@ -32,7 +33,14 @@ def _calls(case: Case, dtype: torch.dtype, layout: str) -> list[partial[torch.Te
     return [
         *(partial(run_served, op, *tensors, w) for op in OPS),
         partial(torch.ops.involution.generated, x, *generator, *settings),
+        partial(torch.ops.involution.generated_grad_x, grad, *generator, x.shape[2:], *settings),
+        *(partial(_gradient, which, grad, x, *generator[:2], *settings) for which in range(3)),
     ]
+
+
+def _gradient(which: int, *arguments: Any) -> torch.Tensor:
+    gradient: torch.Tensor = torch.ops.involution.grad_span(*arguments)[which]
+    return gradient
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])

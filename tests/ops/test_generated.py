@@ -1,16 +1,19 @@
-"""The op whose kernel is generated where it is used: right on every window, dtype, layout and compiled variant."""
+"""The ops whose kernel is generated where it is used: right on every window, dtype, layout and compiled variant."""
 
 from math import prod, sqrt
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from involution import Involution2d
 from involution.ops import functional, reference
 from involution.ops.functional import generated_involution
 
-from ..cases import CASES, DTYPES, LAYOUTS, Case, case, run_reference
+from ..cases import CASES, DTYPES, LAYOUTS, Case, case, drawn_cases, run_reference
 
 _SMALL = (
     case((5,), 3, stride=2, padding=1, batch=2, group_channels=2),
@@ -53,11 +56,53 @@ def _check(case: Case, dtype: torch.dtype, layout: str) -> None:
     assert bool(((got.double() - value).abs() <= budget).all())
 
 
+def _gradients(grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, case: Case) -> list[Tensor]:
+    """Of x, features, weight and bias."""
+    ops, w = torch.ops.involution, case.window
+    window = (w.stride, w.padding, w.dilation)
+    from_x = ops.generated_grad_x(grad, features, weight, bias, x.shape[2:], w.kernel_size, *window)
+    return [from_x, *ops.grad_span(grad, x, features, weight, w.kernel_size, *window)]
+
+
+def _check_gradients(case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Compare with float64, as `_check` does. The sums are nested: their terms walk at random, each in its turn."""
+    tensors, grad = _tensors(case, dtype), case.tensors(dtype)[2]
+    exact, window, rank = [t.double() for t in tensors], case.window, grad.dim() - 2
+    places, taps = case.batch * prod(grad.shape[2:]), prod(window.kernel_size)
+
+    def by_reference(grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        span = reference.span(features, weight, bias, window.kernel_size)
+        from_kernel = run_reference("grad_kernel", x, span, grad, window)
+        return [run_reference("grad_x", x, span, grad, window), *reference.through_span(from_kernel, features, weight)]
+
+    values = by_reference(grad.double(), *exact)
+    absolutes = by_reference(grad.double().abs(), *(t.abs() for t in exact))
+    lay = LAYOUTS[layout][0]
+    got = _gradients(lay(grad, rank), lay(tensors[0], rank), lay(tensors[1], rank), *tensors[2:], case)
+    rounding, steps = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
+    # Every gradient passes through a kernel, or the gradient of one: R + 1 or D terms; then come its own.
+    first = max(sqrt(exact[1].shape[1] + 1), sqrt(case.group_channels))
+    terms = (taps, case.groups * taps, places, places)
+    for name, own, found, value, absolute in zip("xfwb", terms, got, values, absolutes, strict=True):
+        budget = (
+            rounding.eps / 2 * value.abs().clamp(min=rounding.tiny) + steps.eps * (first + sqrt(own) + 2) * absolute
+        )
+        assert (found.shape, found.dtype) == (value.shape, dtype), name
+        assert bool(((found.double() - value).abs() <= budget).all()), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # one as computed in, one converted
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_window_and_layout(case: Case, dtype: torch.dtype, layout: str) -> None:
     _check(case, dtype, layout)
+    _check_gradients(case, dtype, layout)
+
+
+@given(case=drawn_cases(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)))
+def test_drawn_windows(case: Case, dtype: torch.dtype, layout: str) -> None:
+    _check(case, dtype, layout)
+    _check_gradients(case, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,6 +110,7 @@ def test_every_window_and_layout(case: Case, dtype: torch.dtype, layout: str) ->
 def test_every_variant_of_the_library(dtype: torch.dtype) -> None:
     for each in CASES:
         _check(each, dtype, "channels_last")
+        _check_gradients(each, dtype, "channels_last")
 
 
 @pytest.mark.parametrize("reduced", [1, 16, 128])
@@ -75,27 +121,50 @@ def test_sizes_that_are_cut_into_tasks(size: tuple[int, int], reduced: int) -> N
     x, features, weight, bias = _tensors(each, torch.float64, reduced)
     expected = functional.involution(x, reference.span(features, weight, bias, (7, 7)), 1, 3)
     torch.testing.assert_close(_call(x, features, weight, bias, each), expected, rtol=1e-12, atol=1e-11)
+    _check_gradients(each, torch.float64, "channels_last")
 
 
 def test_bits_do_not_depend_on_threads() -> None:
-    each = case((28, 30), 7, padding=3, batch=1, groups=4, group_channels=16)
-    tensors = _tensors(each, torch.float32, 16)
+    each = case((28, 30), 7, padding=3, batch=3, groups=4, group_channels=16)
+    tensors, grad = _tensors(each, torch.float32, 16), each.tensors(torch.float32)[2]
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(_call(*tensors, each))
+            results.append([_call(*tensors, each), *_gradients(grad, *tensors, each)])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert all(map(torch.equal, *results))
+
+
+def test_flops_of_both_directions() -> None:
+    """Two for each multiply-add: one slide and one span forward, two slides and three spans backward."""
+    tensors = [t.requires_grad_() for t in _tensors(_SMALL[1], torch.float64)]
+    with FlopCounterMode(display=False) as counter:
+        y = _call(*tensors, _SMALL[1])
+        y.sum().backward()
+    slides, spans = 2 * y.numel() * 6, 2 * tensors[1].numel() * len(tensors[2])
+    ops = torch.ops.involution
+    expected = {
+        ops.generated: slides + spans,
+        ops.generated_grad_x: slides + spans,
+        ops.grad_span: slides + 2 * spans,
+    }
+    assert counter.get_flop_counts()["Global"] == expected
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("case", _SMALL, ids=str)
 def test_opcheck(case: Case) -> None:
     w, tensors = case.window, [t.requires_grad_() for t in _tensors(case, torch.float64, 2)]
-    torch.library.opcheck(torch.ops.involution.generated, (*tensors, w.kernel_size, w.stride, w.padding, w.dilation))
+    window = (w.stride, w.padding, w.dilation)
+    torch.library.opcheck(torch.ops.involution.generated, (*tensors, w.kernel_size, *window))
+    x, features, weight, bias = (t.detach() for t in tensors)
+    grad = case.tensors(torch.float64)[2]
+    arguments = (grad, features, weight, bias, x.shape[2:], w.kernel_size, *window)
+    torch.library.opcheck(torch.ops.involution.generated_grad_x, arguments)
+    torch.library.opcheck(torch.ops.involution.grad_span, (grad, x, features, weight, w.kernel_size, *window))
 
 
 @pytest.mark.parametrize("case", _SMALL, ids=str)

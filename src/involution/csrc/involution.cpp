@@ -34,14 +34,18 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   Index x_stride[5];       // batch, channel, axes: x, or its gradient
   Index kernel_stride[8];  // batch, group, taps, output axes: the kernel, or its gradient
   Index y_stride[5];       // batch, channel, axes: the output, or its gradient
-  Index reduced, features_stride[5];  // channels of the features, and their strides: batch, channel, output axes
+  // Channels of the features, and strides (batch, channel, output axes): of the features, and of their gradient.
+  Index reduced, features_stride[5], grad_features_stride[5];
+  Index lots;  // how many partial sums `partial` has room for
   void *x, *kernel_data, *y;
   // Where the kernel is generated: kernel[group, tap] = bias[group, tap] + weight[group, tap, :] * features. Weight and bias are
-  // dense and of the type computed in; null where a kernel is given.
+  // dense and of the type computed in, as are their gradients; null where a kernel is given.
   void *features, *weight, *bias;
+  void *grad_features, *grad_weight, *grad_bias;
+  void* partial;  // of the gradients of weight and bias: [lot][group, tap][padded(reduced)], then [lot][group, tap]
 };
 
-static_assert(sizeof(Problem) == 52 * 8, "cpu.py packs 52 words");
+static_assert(sizeof(Problem) == 62 * 8, "cpu.py packs 62 words");
 
 enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
@@ -520,54 +524,78 @@ Row<Real> choose_row(const Layout& at, bool innermost) {
 
 // ---------------------------------------------------------------------------------------------- generated kernels
 
-// TAPS taps at VECTORS vectors of pixels: taps[t][pixel] = bias[t] + sum over r of weight[t][r] * features[r][pixel].
-template <class Real, int LANES, int TAPS, int VECTORS>
-inline void span_tile(Real* taps, const Real* features, const Real* weight, const Real* bias, Index reduced, Index pixels) {
+// A part of a matrix product: to[m][n] = start + sum over k of a[m * a_row + k * a_term] * b[k][n], ROWS by VECTORS vectors of it.
+// `start` is a number for each row; null: what `to` holds.
+template <class Real, int LANES, int ROWS, int VECTORS>
+inline void product_tile(Real* to, Index to_row, const Real* start, const Real* a, Index a_row, Index a_term, const Real* b,
+                         Index b_row, Index terms) {
   using V = typename Vector<Real, LANES>::type;
-  V sums[TAPS][VECTORS];
+  V sums[ROWS][VECTORS];
 #pragma GCC unroll 8
-  for (int t = 0; t < TAPS; ++t)
+  for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) sums[t][v] = V{} + bias[t];
-  for (Index r = 0; r < reduced; ++r) {
+    for (int v = 0; v < VECTORS; ++v) sums[m][v] = start ? V{} + start[m] : load<V>(to + m * to_row + v * LANES);
+  for (Index k = 0; k < terms; ++k) {
     V values[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) values[v] = load<V>(features + r * pixels + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) values[v] = load<V>(b + k * b_row + v * LANES);
 #pragma GCC unroll 8
-    for (int t = 0; t < TAPS; ++t)
+    for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[t][v] += weight[t * reduced + r] * values[v];
+      for (int v = 0; v < VECTORS; ++v) sums[m][v] += a[m * a_row + k * a_term] * values[v];
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < TAPS; ++t)
+  for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) store<V>(taps + t * pixels + v * LANES, sums[t][v]);
+    for (int v = 0; v < VECTORS; ++v) store<V>(to + m * to_row + v * LANES, sums[m][v]);
 }
 
-// The kernel of one group at `vectors` vectors of pixels: [tap][pixels], a 1x1 convolution of features that lie [channel][pixels].
+// The whole product, of `rows` rows and `vectors` vectors in each: strips of vectors, each in tiles of at most ROWS rows, which
+// with their operands fill the registers. Rows that are no multiple of that are dealt to tiles of one row less first, since
+// small tiles wait for their own sums.
 template <class Real, int LANES>
-void span(Real* taps, const Problem& p, Index group, const Real* features, Index vectors, Index pixels) {
+void product(Real* to, Index to_row, const Real* start, const Real* a, Index a_row, Index a_term, const Real* b, Index b_row,
+             Index rows, Index vectors, Index terms) {
   constexpr bool MANY_REGISTERS = sizeof(Real) * LANES == 64;
-  const Index count = p.kernel[0] * p.kernel[1] * p.kernel[2];
-  const Real* weight = static_cast<const Real*>(p.weight) + group * count * p.reduced;
-  const Real* bias = static_cast<const Real*>(p.bias) + group * count;
-  Index tap = 0;
-  const auto run = [&](auto height) {
-    for (; tap + height <= count; tap += height) {
-      Index vector = 0;
-      const auto strip = [&](auto width) {
-        for (; vector + width <= vectors; vector += width)
-          span_tile<Real, LANES, height, width>(taps + tap * pixels + vector * LANES, features + vector * LANES,
-                                                weight + tap * p.reduced, bias + tap, p.reduced, pixels);
-      };
-      if (MANY_REGISTERS) strip(std::integral_constant<int, 4>{});
-      strip(std::integral_constant<int, 2>{});
-      strip(std::integral_constant<int, 1>{});
+  Index vector = 0;
+  const auto strip = [&](auto width, auto height) {
+    Index row = 0;
+    const auto tile = [&](auto tall) {
+      product_tile<Real, LANES, tall, width>(to + row * to_row + vector * LANES, to_row, start ? start + row : nullptr,
+                                             a + row * a_row, a_row, a_term, b + vector * LANES, b_row, terms);
+      row += tall;
+    };
+    while (row < rows) {
+      const Index left = rows - row;
+      if (left % height == 0) tile(height);
+      else if (left >= height - 1) tile(std::integral_constant<int, height - 1>{});
+      else if (left >= 2) tile(std::integral_constant<int, 2>{});
+      else tile(std::integral_constant<int, 1>{});
     }
+    vector += width;
   };
-  run(std::integral_constant<int, MANY_REGISTERS ? 7 : 6>{});
-  run(std::integral_constant<int, 3>{});
-  run(std::integral_constant<int, 1>{});
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 3> three;
+  constexpr std::integral_constant<int, 4> four;
+  constexpr std::integral_constant<int, MANY_REGISTERS ? 7 : 6> rows_of_two;
+  constexpr std::integral_constant<int, MANY_REGISTERS ? 7 : 4> rows_of_three;
+  if constexpr (MANY_REGISTERS)
+    while (vectors - vector >= 4 && vectors - vector != 5) strip(four, rows_of_two);
+  if (vectors - vector >= 3 && (vectors - vector) % 2 == 1) strip(three, rows_of_three);
+  while (vectors - vector >= 2) strip(two, rows_of_two);
+  if (vectors > vector) strip(one, rows_of_two);
+}
+
+inline Index taps_of(const Problem& p) { return p.kernel[0] * p.kernel[1] * p.kernel[2]; }
+
+// The part `which` of the taps of one group, at `vectors` vectors of pixels: [tap][pixels], from features [channel][pixels].
+template <class Real, int LANES>
+void span(Real* taps, const Problem& p, Index group, Range which, const Real* features, Index vectors, Index pixels) {
+  const Index first = group * taps_of(p) + which.from;
+  product<Real, LANES>(taps + which.from * pixels, pixels, static_cast<const Real*>(p.bias) + first,
+                       static_cast<const Real*>(p.weight) + first * p.reduced, p.reduced, 1, features, pixels, which.size(), vectors,
+                       p.reduced);
 }
 
 // ---------------------------------------------------------------------------------------------- tasks
@@ -582,23 +610,25 @@ struct Tasks {
   Index depths, rows, columns, groups;                      // extents
   Index row_blocks, column_blocks, group_blocks, count;     // how many
   Tasks(const Problem& p, const Index* size, Index threads) : depths(size[0]), rows(size[1]), columns(size[2]), groups(p.groups) {
-    const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    const Index taps = taps_of(p);
     column_blocks = ceil_div(columns, COLUMNS_PER_TASK);
     const Index row_bytes = ceil_div(columns, column_blocks) * groups * taps * Index(sizeof(float));
     const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks) : KERNEL_BYTES_PER_TASK / row_bytes;
     row_blocks = ceil_div(rows, most(1, least(rows, rows_per_task)));
     // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
     const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 4 : 2) * threads;
-    group_blocks = tasks >= wanted ? 1 : least(groups, ceil_div(wanted, most(1, tasks)));
+    // The gradient of the features is a sum over groups, so these stay together there.
+    group_blocks = tasks >= wanted || p.grad_weight ? 1 : least(groups, ceil_div(wanted, most(1, tasks)));
     count = tasks * group_blocks;
   }
 };
+
+inline Range part(Index size, Index blocks, Index block) { return {size * block / blocks, size * (block + 1) / blocks}; }
 
 struct Task {
   Index batch, depth;
   Range rows, columns, groups;
   Task(const Tasks& all, Index index) {
-    const auto part = [](Index size, Index blocks, Index block) { return Range{size * block / blocks, size * (block + 1) / blocks}; };
     groups = part(all.groups, all.group_blocks, index % all.group_blocks), index /= all.group_blocks;
     columns = part(all.columns, all.column_blocks, index % all.column_blocks), index /= all.column_blocks;
     rows = part(all.rows, all.row_blocks, index % all.row_blocks), index /= all.row_blocks;
@@ -641,13 +671,20 @@ class Kept {
   Index size_ = 0;
 };
 
+// How the tasks of an op are dealt out: in lots of consecutive ones, here each alone. `begin` and `finish` are for sums over tasks.
+struct Alone {
+  Index lots(Index tasks) const { return tasks; }
+  void begin(Index) const {}
+  void finish(Index) const {}
+};
+
 // Runs all tasks of an op on torch's threads. Returns 0, or 1 if there is no memory for the scratch.
 template <class Op>
 int run_tasks(const Problem& p, const Index* size) {
   Index threads = 1;
 #if defined(_OPENMP)
-  const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2], outputs = p.output[0] * p.output[1] * p.output[2];
-  if (p.batch * p.groups * p.channels * outputs * taps > SERIAL_WORK) threads = omp_get_max_threads();
+  const Index outputs = p.output[0] * p.output[1] * p.output[2];
+  if (p.batch * p.groups * p.channels * outputs * taps_of(p) > SERIAL_WORK) threads = omp_get_max_threads();
 #endif
   const Tasks tasks(p, size, threads);
   const Op op(p, tasks);
@@ -658,21 +695,26 @@ int run_tasks(const Problem& p, const Index* size) {
   static thread_local Kept kept;
   char* memory = kept.at_least(bytes * threads);
   if (memory == nullptr) return 1;
+  const Index lots = op.lots(tasks.count);
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) if (threads > 1)
 #endif
-  for (Index index = 0; index < tasks.count; ++index) {
+  for (Index lot = 0; lot < lots; ++lot) {
 #if defined(_OPENMP)
     Arena arena(memory + bytes * omp_get_thread_num());
 #else
     Arena arena(memory);
 #endif
-    op.run(Task(tasks, index), op.scratch(arena));
+    const auto scratch = op.scratch(arena);
+    op.begin(lot);
+    for (Index index = part(tasks.count, lots, lot).from; index < part(tasks.count, lots, lot).to; ++index)
+      op.run(Task(tasks, index), scratch, lot);
   }
+  op.finish(lots);
   return 0;
 }
 
-// ---------------------------------------------------------------------------------------------- the three ops
+// ---------------------------------------------------------------------------------------------- the ops
 
 // The taps of a row of outputs lie position by position, all groups together: a few rows at a time, so that they are read in
 // the order of memory, while those of the rows to come are fetched; yet the packed rows of a group serve several outputs.
@@ -688,7 +730,7 @@ inline void for_rows_and_groups(Range rows, Range groups, const Body& body) {
 // What forward and grad_x have in common: lanes are channels. `x_rows`, `x_columns` and `y_columns` are the most that the
 // packed rows of a task can have.
 template <bool FORWARD, class Real, int LANES, class Element>
-struct ByChannel {
+struct ByChannel : Alone {
   const Problem& p;
   const Index chunks, x_depths, x_columns, y_columns, x_row, x_depth, x_chunk, x_groups;
   const bool y_in_place, generates_taps, copies_taps;
@@ -731,7 +773,7 @@ struct ByChannel {
       result.tap_column = pixels;
       result.tap_row = times(p.kernel[2], pixels);
       result.tap_depth = times(p.kernel[1], result.tap_row);
-    } else if (taps_in_one_run(p)) result.fetched = p.kernel[0] * p.kernel[1] * p.kernel[2] * Index(sizeof(Element)) / chunks;
+    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / chunks;
     return result;
   }
 
@@ -739,7 +781,7 @@ struct ByChannel {
     Real *x, *y, *taps, *features;
   };
   Scratch scratch(Arena& arena) const {
-    const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    const Index taps = taps_of(p);
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
             arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, LANES)),
             arena.take<Real>(generates_taps ? times(pixels, taps) : copies_taps ? times(y_columns, taps) : 0),
@@ -760,6 +802,20 @@ struct ByChannel {
   }
   static Element* row_of(void* data, const Index* step, Index batch, Index channel, Index depth, Index row) {
     return static_cast<Element*>(data) + batch * step[0] + channel * step[1] + depth * step[2] + row * step[3];
+  }
+
+  // The features of the outputs `rows` x `columns`, [channel][pixel]. Returns how many vectors of pixels there are.
+  Index pack_features(Real* to, Index batch, Index depth, Range rows, Range columns) const {
+    const Index used = rows.size() * columns.size(), vectors = ceil_div(used, WIDEST);
+    const bool one_run = p.features_stride[3] == columns.size() * p.features_stride[4];  // rows follow one another like columns
+    const Index runs = one_run ? 1 : rows.size(), length = used / most(1, runs);
+    for (Index run = 0; run < runs; ++run)
+      pack_planes<WIDEST>(to + run * length, pixels,
+                          row_of(p.features, p.features_stride, batch, 0, depth, rows.from + run) + columns.from * p.features_stride[4],
+                          p.features_stride[1], p.features_stride[4], length, p.reduced);
+    for (Index channel = 0; channel < p.reduced; ++channel)
+      std::memset(to + channel * pixels + used, 0, sizeof(Real) * (vectors * WIDEST - used));
+    return vectors;
   }
 
   // Runs the loops on one row of outputs with the kernel that is given: see `run_row`.
@@ -805,7 +861,7 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
              (ceil_div(all.columns, all.column_blocks) - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1,
              ceil_div(all.rows, all.row_blocks), ceil_div(all.columns, all.column_blocks)) {}
 
-  void run(const Task& task, const typename Base::Scratch& s) const {
+  void run(const Task& task, const typename Base::Scratch& s, Index) const {
     const Index first_depth = task.depth * p.stride[0] - p.padding[0];
     const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
     const Index first_column = task.columns.from * p.stride[2] - p.padding[2];
@@ -834,29 +890,14 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
       });
       return;
     }
-    const Index vectors = pack_features(task, s.features);
+    const Index vectors = this->pack_features(s.features, task.batch, task.depth, task.rows, task.columns);
     for (Index group = task.groups.from; group < task.groups.to; ++group) {
-      span<Real, Base::WIDEST>(s.taps, p, group, s.features, vectors, this->pixels);
+      span<Real, Base::WIDEST>(s.taps, p, group, {0, taps_of(p)}, s.features, vectors, this->pixels);
       for (Index out = task.rows.from; out < task.rows.to; ++out)
         run_out(out, group, [&](Range lines, Element* y, Real* x) {
           this->run_row(task.columns, s.taps + (out - task.rows.from) * task.columns.size(), nullptr, depths, lines, y, x, s);
         });
     }
-  }
-
-  // The features of the task's outputs, [channel][pixel]. Returns how many vectors of pixels there are.
-  Index pack_features(const Task& task, Real* to) const {
-    const Index columns = task.columns.size(), used = task.rows.size() * columns, vectors = ceil_div(used, Base::WIDEST);
-    const bool one_run = p.features_stride[3] == columns * p.features_stride[4];  // rows follow one another like columns
-    const Index runs = one_run ? 1 : task.rows.size(), length = used / runs;
-    for (Index run = 0; run < runs; ++run)
-      pack_planes<Base::WIDEST>(to + run * length, this->pixels,
-                                Base::row_of(p.features, p.features_stride, task.batch, 0, task.depth, task.rows.from + run) +
-                                    task.columns.from * p.features_stride[4],
-                                p.features_stride[1], p.features_stride[4], length, p.reduced);
-    for (Index channel = 0; channel < p.reduced; ++channel)
-      std::memset(to + channel * this->pixels + used, 0, sizeof(Real) * (vectors * Base::WIDEST - used));
-    return vectors;
   }
 };
 
@@ -868,7 +909,8 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
 
   GradX(const Problem& p, const Tasks& all)
       : Base(p, ceil_div(all.groups, all.group_blocks), ceil_div(all.rows, all.row_blocks),
-             ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2], 0,
+             ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2],
+             (ceil_div(all.rows, all.row_blocks) + (p.kernel[1] - 1) * p.dilation[1]) / p.stride[1] + 1,
              (ceil_div(all.columns, all.column_blocks) + (p.kernel[2] - 1) * p.dilation[2]) / p.stride[2] + 1) {}
 
   // Outputs along `axis` of which some tap reads a position in `positions`.
@@ -879,7 +921,7 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
     return {from, most(from, to)};
   }
 
-  void run(const Task& task, const typename Base::Scratch& s) const {
+  void run(const Task& task, const typename Base::Scratch& s, Index) const {
     const Range outs = readers(1, task.rows), outputs = readers(2, task.columns);
     const Index reach = (p.kernel[2] - 1) * p.dilation[2];  // the packed rows begin this far before the block
     const Index first_column = outputs.from * p.stride[2] - p.padding[2] - (task.columns.from - reach);
@@ -888,14 +930,30 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
     for (Index tap = 0; tap < p.kernel[0]; ++tap) {
       const Index reads = task.depth + p.padding[0] - tap * p.dilation[0], depth = floor_div(reads, p.stride[0]);
       if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || outputs.size() == 0) continue;
-      for_rows_and_groups(outs, task.groups, [&](Index out, Index group) {
+      const Range depths = {tap, tap + 1};
+      const auto run_out = [&](Index out, Index group, const auto& run_lines) {
         const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
         const Range lines = this->taps_inside(1, position, task.rows.size());
         if (lines.size() == 0) return;
-        this->run_row_of_kernel(task.batch, group, depth, out, outputs, {tap, tap + 1}, lines,
-                      Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, depth, out) + outputs.from * p.y_stride[4],
-                      packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES, s);
-      });
+        run_lines(lines, Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, depth, out) + outputs.from * p.y_stride[4],
+                  packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES);
+      };
+      if (!this->generates_taps) {
+        for_rows_and_groups(outs, task.groups, [&](Index out, Index group) {
+          run_out(out, group, [&](Range lines, Element* y, Real* x) {
+            this->run_row_of_kernel(task.batch, group, depth, out, outputs, depths, lines, y, x, s);
+          });
+        });
+        continue;
+      }
+      const Index vectors = this->pack_features(s.features, task.batch, depth, outs, outputs), of_depth = p.kernel[1] * p.kernel[2];
+      for (Index group = task.groups.from; group < task.groups.to; ++group) {
+        span<Real, Base::WIDEST>(s.taps, p, group, {tap * of_depth, (tap + 1) * of_depth}, s.features, vectors, this->pixels);
+        for (Index out = outs.from; out < outs.to; ++out)
+          run_out(out, group, [&](Range lines, Element* y, Real* x) {
+            this->run_row(outputs, s.taps + (out - outs.from) * outputs.size(), nullptr, depths, lines, y, x, s);
+          });
+      }
     }
     for (Index row = 0; row < task.rows.size(); ++row)
       this->for_each_run(task.groups, [&](Index group, Index channels) {
@@ -909,27 +967,44 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
 
 // Lanes are columns. Packed rows of x lie [channel][phase][column / stride], phase = column mod stride, so that the
 // inputs of neighbouring outputs are neighbours for any stride.
+// Where the kernel is generated its gradient stays in cache, too, and is multiplied at once into those of the features, of
+// the weight and of the bias. The last two are sums over all tasks: partial ones for each lot of tasks, added up at the end.
+// How many lots there are does not depend on the threads.
 template <class Real, int LANES, class Element>
 struct GradKernel {
   using V = typename Vector<Real, LANES>::type;
+  static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
   const Problem& p;
+  const bool generated;
   const Index groups, columns, x_rows, x_columns, x_phase, x_channel;  // the most that a task can have
+  const Index tap_step;                                                // from tap to tap of the gradient of the kernel
+  const Index features_row;                                            // features of a position, in whole vectors
 
   struct Scratch {
-    Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs
+    Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs, or [tap][pixel], of all rows of the task
     Index* offsets;      // of each tap of a line in a packed row
+    Real *features, *grad_features;  // [pixel][features_row], [channel][pixel]
   };
   void (GradKernel::*const taps_of_line_)(const Scratch&, const Real*, Real*) const;
 
   GradKernel(const Problem& problem, const Tasks& all)
       : p(problem),
+        generated(p.grad_weight != nullptr),
         groups(ceil_div(all.groups, all.group_blocks)),
         columns(ceil_div(ceil_div(all.columns, all.column_blocks), LANES) * LANES),
         x_rows((ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
         x_columns((columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
         x_phase(ceil_div(x_columns, p.stride[2])),
         x_channel(times(x_phase, p.stride[2])),
+        tap_step(generated ? pixels(all) : columns),
+        features_row(ceil_div(p.reduced, WIDEST) * WIDEST),
         taps_of_line_(choose(p)) {}
+
+  // Of a task, in an odd number of whole vectors, so that taps spread over the cache; the last row is written in whole vectors.
+  Index pixels(const Tasks& all) const {
+    const Index rows = ceil_div(all.rows, all.row_blocks), width = ceil_div(all.columns, all.column_blocks);
+    return times(ceil_div(times(rows - 1, width) + columns, WIDEST) | 1, WIDEST);
+  }
 
   static auto choose(const Problem& p) -> void (GradKernel::*)(const Scratch&, const Real*, Real*) const {
     if (p.stride[2] == 1 && p.dilation[2] == 1) {
@@ -944,8 +1019,12 @@ struct GradKernel {
   }
 
   Scratch scratch(Arena& arena) const {
-    return {arena.take<Real>(times(x_channel, x_rows, p.kernel[0], p.channels, groups)), arena.take<Real>(times(p.channels, columns)),
-            arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], columns)), arena.take<Index>(p.kernel[2])};
+    return {arena.take<Real>(times(x_channel, x_rows, p.kernel[0], p.channels, groups)),
+            arena.take<Real>(times(p.channels, columns)),
+            arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], tap_step)),
+            arena.take<Index>(p.kernel[2]),
+            arena.take<Real>(generated ? times(tap_step, features_row) : 0),
+            arena.take<Real>(generated ? times(tap_step, p.reduced) : 0)};
   }
 
   // Columns from `first` on of `channels` rows, zero outside the image, to [channel][phase][column / stride].
@@ -976,62 +1055,162 @@ struct GradKernel {
           for (int t = 0; t < K; ++t) sums[t] += grad * load<V>(row + (UNIT ? first + t : s.offsets[first + t]));
         }
 #pragma GCC unroll 16
-        for (int t = 0; t < K; ++t) store<V>(taps + (first + t) * columns + column, sums[t]);
+        for (int t = 0; t < K; ++t) store<V>(taps + (first + t) * tap_step + column, sums[t]);
       }
     }
   }
 
-  void run(const Task& task, const Scratch& s) const {
+  void run(const Task& task, const Scratch& s, Index lot) const {
+    for (Index t = 0; t < p.kernel[2]; ++t) s.offsets[t] = t * p.dilation[2] % p.stride[2] * x_phase + t * p.dilation[2] / p.stride[2];
+    pack_x(task, s);
+    if (!generated) {  // all groups of a row in turn, so that memory is written in its order where the channels lie together
+      for (Index out = task.rows.from; out < task.rows.to; ++out)
+        for (Index group = task.groups.from; group < task.groups.to; ++group) {
+          taps_of_row(task, s, group, out, s.taps);
+          write(task, s, group, out);
+        }
+      return;
+    }
+    const Index width = task.columns.size(), used = task.rows.size() * width, vectors = ceil_div(used, WIDEST);
+    pack_features(task, s);
+    std::memset(s.grad_features, 0, sizeof(Real) * p.reduced * tap_step);
+    for (Index group = task.groups.from; group < task.groups.to; ++group) {
+      for (Index out = task.rows.from; out < task.rows.to; ++out)  // each row overwrites what the one before wrote too much
+        taps_of_row(task, s, group, out, s.taps + (out - task.rows.from) * width);
+      for (Index tap = 0; tap < taps_of(p); ++tap)
+        std::memset(s.taps + tap * tap_step + used, 0, sizeof(Real) * (vectors * WIDEST - used));
+      multiply(s, group, lot, used, vectors);
+    }
+    for (Index row = 0; row < task.rows.size(); ++row) unpack_features(task, s, row);
+  }
+
+  void pack_x(const Task& task, const Scratch& s) const {
     const Index x_row = p.channels * x_channel, first_column = task.columns.from * p.stride[2] - p.padding[2];
     const Index first_depth = task.depth * p.stride[0] - p.padding[0];
     const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
     const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
-    const Element *x = static_cast<const Element*>(p.x), *y = static_cast<const Element*>(p.y);
-    for (Index t = 0; t < p.kernel[2]; ++t) s.offsets[t] = t * p.dilation[2] % p.stride[2] * x_phase + t * p.dilation[2] / p.stride[2];
-    // All groups of a row in turn, so that memory is read and written in its order where the channels lie together.
-    const auto packed = [&](Index group) { return s.x + (group - task.groups.from) * p.kernel[0] * x_rows * x_row; };
     for (Index k = 0; k < p.kernel[0]; ++k) {
       const Index depth = first_depth + k * p.dilation[0];
       if (depth < 0 || depth >= p.input[0]) continue;
       for (Index line = most(0, -first_row); line < least(rows, p.input[1] - first_row); ++line)
         for (Index group = task.groups.from; group < task.groups.to; ++group)
-          pack(packed(group) + (k * x_rows + line) * x_row,
-               x + task.batch * p.x_stride[0] + group * p.channels * p.x_stride[1] + depth * p.x_stride[2] +
-                   (first_row + line) * p.x_stride[3],
+          pack(packed(task, s, group) + (k * x_rows + line) * x_row,
+               static_cast<const Element*>(p.x) + task.batch * p.x_stride[0] + group * p.channels * p.x_stride[1] +
+                   depth * p.x_stride[2] + (first_row + line) * p.x_stride[3],
                p.x_stride[1], p.x_stride[4], first_column, p.stride[2], x_phase, p.input[2]);
     }
-    for (Index out = task.rows.from; out < task.rows.to; ++out)
-      for (Index group = task.groups.from; group < task.groups.to; ++group) {
-        pack(s.y, y + task.batch * p.y_stride[0] + group * p.channels * p.y_stride[1] + task.depth * p.y_stride[2] + out * p.y_stride[3],
-             p.y_stride[1], p.y_stride[4], task.columns.from, 1, columns, p.output[2]);
-        for (Index kd = 0; kd < p.kernel[0]; ++kd) {
-          const Index depth = first_depth + kd * p.dilation[0];
-          for (Index kr = 0; kr < p.kernel[1]; ++kr) {
-            const Index line = (out - task.rows.from) * p.stride[1] + kr * p.dilation[1];
-            Real* taps = s.taps + (kd * p.kernel[1] + kr) * p.kernel[2] * columns;
-            if (depth < 0 || depth >= p.input[0] || first_row + line < 0 || first_row + line >= p.input[1]) {
-              std::memset(taps, 0, sizeof(Real) * p.kernel[2] * columns);  // all in the padding
-              continue;
-            }
-            (this->*taps_of_line_)(s, packed(group) + (kd * x_rows + line) * x_row, taps);
-          }
+  }
+  Real* packed(const Task& task, const Scratch& s, Index group) const {
+    return s.x + (group - task.groups.from) * p.kernel[0] * x_rows * p.channels * x_channel;
+  }
+
+  // The gradient of the kernel of one group and output row, [tap][tap_step].
+  void taps_of_row(const Task& task, const Scratch& s, Index group, Index out, Real* to) const {
+    const Index first_depth = task.depth * p.stride[0] - p.padding[0], first_row = task.rows.from * p.stride[1] - p.padding[1];
+    pack(s.y,
+         static_cast<const Element*>(p.y) + task.batch * p.y_stride[0] + group * p.channels * p.y_stride[1] +
+             task.depth * p.y_stride[2] + out * p.y_stride[3],
+         p.y_stride[1], p.y_stride[4], task.columns.from, 1, columns, task.columns.to);
+    for (Index kd = 0; kd < p.kernel[0]; ++kd) {
+      const Index depth = first_depth + kd * p.dilation[0];
+      for (Index kr = 0; kr < p.kernel[1]; ++kr) {
+        const Index line = (out - task.rows.from) * p.stride[1] + kr * p.dilation[1];
+        Real* taps = to + (kd * p.kernel[1] + kr) * p.kernel[2] * tap_step;
+        if (depth < 0 || depth >= p.input[0] || first_row + line < 0 || first_row + line >= p.input[1]) {  // all in the padding
+          for (Index t = 0; t < p.kernel[2]; ++t) std::memset(taps + t * tap_step, 0, sizeof(Real) * columns);
+          continue;
         }
-        write(task, s, group, out);
+        (this->*taps_of_line_)(s, packed(task, s, group) + (kd * x_rows + line) * p.channels * x_channel, taps);
       }
+    }
+  }
+
+  // The features of the task's outputs, [pixel][features_row].
+  void pack_features(const Task& task, const Scratch& s) const {
+    Real* to = s.features;
+    for (Index row = task.rows.from; row < task.rows.to; ++row, to += task.columns.size() * features_row) {
+      const Element* from = static_cast<const Element*>(p.features) + task.batch * p.features_stride[0] +
+                            task.depth * p.features_stride[2] + row * p.features_stride[3] + task.columns.from * p.features_stride[4];
+      for (Index column = 0; column < task.columns.size(); ++column) {
+        Real* target = to + column * features_row;
+        if (p.features_stride[1] == 1) {
+          widen_run(target, from + column * p.features_stride[4], p.reduced);
+        } else if (p.features_stride[4] != 1) {
+          for (Index r = 0; r < p.reduced; ++r) target[r] = widen(from[column * p.features_stride[4] + r * p.features_stride[1]]);
+        }
+        std::memset(target + p.reduced, 0, sizeof(Real) * (features_row - p.reduced));
+      }
+      if (p.features_stride[1] != 1 && p.features_stride[4] == 1)
+        transpose<LANES>(to, features_row, from, p.features_stride[1], p.reduced, task.columns.size());
+    }
+  }
+
+  // The gradient of the kernel of one group, times the weight and times the features.
+  void multiply(const Scratch& s, Index group, Index lot, Index used, Index vectors) const {
+    const Index taps = taps_of(p);
+    product<Real, WIDEST>(s.grad_features, tap_step, nullptr, static_cast<const Real*>(p.weight) + group * taps * p.reduced, 1,
+                          p.reduced, s.taps, tap_step, p.reduced, vectors, taps);
+    product<Real, WIDEST>(partial_weight(lot) + group * taps * partial_row(), partial_row(), nullptr, s.taps, tap_step, 1, s.features,
+                          features_row, taps, features_row / WIDEST, used);
+    Real* bias = partial_bias(lot) + group * taps;
+    for (Index tap = 0; tap < taps; ++tap) {
+      using Wide = typename Vector<Real, WIDEST>::type;
+      Wide sums = {};
+      for (Index vector = 0; vector < vectors; ++vector) sums += load<Wide>(s.taps + tap * tap_step + vector * WIDEST);
+      for (int lane = 0; lane < WIDEST; ++lane) bias[tap] += sums[lane];
+    }
+  }
+
+  void unpack_features(const Task& task, const Scratch& s, Index row) const {
+    const Index *step = p.grad_features_stride, width = task.columns.size();
+    Element* to = static_cast<Element*>(p.grad_features) + task.batch * step[0] + task.depth * step[2] +
+                  (task.rows.from + row) * step[3] + task.columns.from * step[4];
+    const Real* from = s.grad_features + row * width;
+    if (step[1] == 1) return transpose<LANES>(to, step[4], from, tap_step, p.reduced, width);
+    for (Index r = 0; r < p.reduced; ++r)
+      for (Index column = 0; column < width; ++column) narrow(from[r * tap_step + column], to[r * step[1] + column * step[4]]);
+  }
+
+  // Partial sums of the gradients of weight and bias.
+  Index partial_row() const { return ceil_div(p.reduced, 16) * 16; }
+  Real* partial_weight(Index lot) const { return static_cast<Real*>(p.partial) + lot * p.groups * taps_of(p) * partial_row(); }
+  Real* partial_bias(Index lot) const { return partial_weight(p.lots) + lot * p.groups * taps_of(p); }
+  Index lots(Index tasks) const { return generated ? least(tasks, p.lots) : tasks; }
+  void begin(Index lot) const {
+    if (!generated) return;
+    std::memset(partial_weight(lot), 0, sizeof(Real) * p.groups * taps_of(p) * partial_row());
+    std::memset(partial_bias(lot), 0, sizeof(Real) * p.groups * taps_of(p));
+  }
+  void finish(Index lots) const {
+    if (!generated) return;
+    Real *weight = static_cast<Real*>(p.grad_weight), *bias = static_cast<Real*>(p.grad_bias);
+#if defined(_OPENMP)
+#pragma omp parallel for
+#endif
+    for (Index tap = 0; tap < p.groups * taps_of(p); ++tap) {
+      Real* row = weight + tap * p.reduced;
+      std::memset(row, 0, sizeof(Real) * p.reduced);
+      bias[tap] = 0;
+      for (Index lot = 0; lot < lots; ++lot) {
+        const Real* part = partial_weight(lot) + tap * partial_row();
+        for (Index r = 0; r < p.reduced; ++r) row[r] += part[r];
+        bias[tap] += partial_bias(lot)[tap];
+      }
+    }
   }
 
   void write(const Task& task, const Scratch& s, Index group, Index out) const {
     const Index *step = p.kernel_stride, count = task.columns.size();
     Element* target = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + group * step[1] + task.depth * step[5] +
                       out * step[6] + task.columns.from * step[7];
-    const Index taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    const Index taps = taps_of(p);
     if (taps_in_one_run(p)) {
-      transpose<LANES>(target, step[7], s.taps, columns, taps, count);
+      transpose<LANES>(target, step[7], s.taps, tap_step, taps, count);
       return;
     }
     for (Index tap = 0; tap < taps; ++tap) {
       const Index column = tap % p.kernel[2], row = tap / p.kernel[2] % p.kernel[1], depth = tap / p.kernel[2] / p.kernel[1];
-      const Real* values = s.taps + tap * columns;
+      const Real* values = s.taps + tap * tap_step;
       Element* line = target + depth * step[2] + row * step[3] + column * step[4];
       if (step[7] == 1) {
         for (Index i = 0; i < count; ++i) narrow(values[i], line[i]);
@@ -1067,7 +1246,8 @@ int run_dtype(const Problem& p, Index lanes, const Index* size) {
 extern "C" {
 #pragma GCC visibility push(default)
 
-// Each fills one of its tensors from the other two: y, x and kernel_data in turn. 0: done; 1: no memory for the scratch.
+// Each fills one of its tensors from the other two: y, x and kernel_data in turn; the last, if the kernel is generated, the
+// gradients of what it is generated from. 0: done; 1: no memory for the scratch.
 int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->channels, p->output); }
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
 int involution_grad_kernel(const Problem* p) { return run_dtype<GradKernel>(*p, p->output[2], p->output); }

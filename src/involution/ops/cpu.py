@@ -15,7 +15,10 @@ from torch import Tensor
 Ints = Sequence[int]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SIZES, _ADDRESSES = struct.Struct("46q"), struct.Struct("6P")  # together `struct Problem` of csrc/involution.cpp
+_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("10P")  # together `struct Problem` of csrc/involution.cpp
+_PADDED = 16  # rows of partial sums are whole vectors of any width
+# Lots of partial sums: enough for the threads of a large machine, less where they take much memory, whoever calls.
+_LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
 
 
@@ -40,13 +43,42 @@ def generated(
     """Fill `out` as `reference.generated` does, with the kernel made tile by tile in the cache."""
     accurate = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(accurate).contiguous(), bias.to(accurate).contiguous()
-    groups = weight.shape[0] // prod(kernel_size)
-    sizes = _generated_sizes(
-        *(x.dtype, x.shape, x.stride(), out.stride(), groups, tuple(kernel_size)),
-        *(features.shape, features.stride(), *map(tuple, window)),
+    _call_generated("involution_forward", x, out, (features, weight, bias), (), kernel_size, window)
+
+
+def generated_grad_x(
+    out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
+) -> None:
+    """Fill `out` with the gradient of x in `generated`, with the kernel made tile by tile in the cache."""
+    accurate = torch.promote_types(grad.dtype, torch.float32)
+    weight, bias = weight.to(accurate).contiguous(), bias.to(accurate).contiguous()
+    _call_generated("involution_grad_x", out, grad, (features, weight, bias), (), kernel_size, window)
+
+
+def grad_span(
+    outs: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    kernel_size: Ints,
+    *window: Ints,
+) -> None:
+    """Fill `outs` with the gradients of features, weight and bias in `generated`; the kernel's stays in the cache.
+
+    The last two are sums over all positions, taken in an order that does not depend on the number of threads.
+    """
+    accurate = torch.promote_types(x.dtype, torch.float32)
+    weight = weight.to(accurate).contiguous()
+    (taps, reduced), padded = weight.shape, -(-weight.shape[1] // _PADDED) * _PADDED
+    lots = max(_LEAST_LOTS, min(_MOST_LOTS, _PARTIAL_BYTES // (taps * padded * weight.itemsize)))
+    partial = weight.new_empty(lots, taps * (padded + 1))
+    sums = weight.new_empty(taps, reduced), weight.new_empty(taps)
+    _call_generated(
+        "involution_grad_kernel", x, grad, (features, weight, None), (outs[0], *sums, partial), kernel_size, window
     )
-    addresses = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), weight.data_ptr(), bias.data_ptr())
-    _run("involution_forward", sizes, addresses, x, window)
+    outs[1].copy_(sums[0])
+    outs[2].copy_(sums[1])
 
 
 def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
@@ -62,7 +94,31 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
 def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> None:
     """Call the function `name` on x (B, C, *S), kernel (B, G, *K, *O) and y (B, C, *O); it fills one of them."""
     sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
-    _run(name, sizes, (x.data_ptr(), kernel.data_ptr(), y.data_ptr(), 0, 0, 0), x, window)
+    _run(name, sizes, (x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 7), x, window)
+
+
+def _call_generated(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    span: tuple[Tensor, Tensor, Tensor | None],
+    grads: tuple[Tensor, ...],
+    kernel_size: Ints,
+    window: Sequence[Ints],
+) -> None:
+    """Call the function `name` on x (B, C, *S) and y (B, C, *O), with a kernel generated from what `span` holds.
+
+    That is features, weight and bias; `grads` are their gradients and memory for partial sums, (lots, ...), or nothing.
+    """
+    features, weight, bias = span
+    grad_stride, lots = (grads[0].stride(), len(grads[-1])) if grads else ((0,) * x.dim(), 0)
+    sizes = _generated_sizes(
+        *(x.dtype, x.shape, x.stride(), y.stride(), weight.shape[0] // prod(kernel_size), tuple(kernel_size)),
+        *(features.shape, features.stride(), grad_stride, lots, *map(tuple, window)),
+    )
+    given = (features.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
+    _run(name, sizes, (x.data_ptr(), 0, y.data_ptr(), *given, *filled), x, window)
 
 
 def _run(name: str, sizes: bytes, addresses: Ints, x: Tensor, window: Sequence[Ints]) -> None:
@@ -86,7 +142,7 @@ def _given_sizes(
     taps, places = kernel_stride[2 : 2 + rank], kernel_stride[2 + rank :]
     kernel_stride = (*kernel_stride[:2], *zeros, *taps, *zeros, *places)
     sizes = (kernel[1], kernel[2 : 2 + rank], kernel[2 + rank :])
-    return _sizes(dtype, x, x_stride, y_stride, *sizes, kernel_stride, (0,) * 6, *window)
+    return _sizes(dtype, x, x_stride, y_stride, *sizes, kernel_stride, (0,) * 12, *window)
 
 
 @lru_cache(maxsize=1024)
@@ -99,10 +155,12 @@ def _generated_sizes(
     kernel_size: Ints,
     features: Ints,
     features_stride: Ints,
+    grad_features_stride: Ints,
+    lots: int,
     *window: Ints,
 ) -> bytes:
     """The problem with a kernel that is generated from features of shape `features`."""
-    span = (features[1], *_lifted(features_stride))
+    span = (features[1], *_lifted(features_stride), *_lifted(grad_features_stride), lots)
     return _sizes(dtype, x, x_stride, y_stride, groups, kernel_size, features[2:], (0,) * 8, span, *window)
 
 

@@ -63,6 +63,8 @@ def _register() -> None:
     ops = torch.ops.involution
     register_flop_formula(ops.forward)(_forward)
     register_flop_formula(ops.generated)(_generated)
+    register_flop_formula(ops.generated_grad_x)(_generated_grad_x)
+    register_flop_formula(ops.grad_span)(_grad_span)
     register_flop_formula(ops.grad_x)(_grad_x)
     register_flop_formula(ops.grad_kernel)(_grad_kernel)
 
@@ -82,6 +84,25 @@ def _generated(
     **_: Any,
 ) -> int:
     return 2 * prod(out_shape) * prod(kernel_size) + 2 * prod(features) * weight[0]
+
+
+def _generated_grad_x(
+    grad: _Shape,
+    features: _Shape,
+    weight: _Shape,
+    bias: _Shape,
+    size: _Shape,
+    kernel_size: _Shape,
+    *window: Any,
+    **_: Any,
+) -> int:
+    return 2 * prod(grad) * prod(kernel_size) + 2 * prod(features) * weight[0]
+
+
+def _grad_span(
+    grad: _Shape, x: _Shape, features: _Shape, weight: _Shape, kernel_size: _Shape, *window: Any, **_: Any
+) -> int:
+    return 2 * prod(grad) * prod(kernel_size) + 4 * prod(features) * weight[0]
 
 
 def _grad_x(grad: _Shape, kernel: _Shape, *size_and_window: Any, **_: Any) -> int:

@@ -4,8 +4,8 @@ Involution is a trilinear form in (gradient g, kernel k, input x). Each op is th
 so the derivative of every op is again one of the ops, and double backward needs nothing new:
 <g, forward(x, k)> = <x, grad_x(g, k)> = <k, grad_kernel(g, x)>.
 
-A fourth op, `generated`, is `forward` with the kernel span(features), which it need not store: neither for its own loop
-nor for the backward pass, which generates it again and is written in the other three.
+A fourth op, `generated`, is `forward` with the kernel span(features), which it need not store. Nor need its first
+derivatives, `generated_grad_x` and `grad_span`; those of higher order are taken of the same written in the other three.
 """
 
 from __future__ import annotations
@@ -31,11 +31,21 @@ _library.define(f"forward(Tensor x, Tensor kernel, {_WINDOW}) -> Tensor")
 _library.define(
     f"generated(Tensor x, Tensor features, Tensor weight, Tensor bias, int[] kernel_size, {_WINDOW}) -> Tensor"
 )
+_library.define(
+    "generated_grad_x(Tensor grad, Tensor features, Tensor weight, Tensor bias, SymInt[] size, int[] kernel_size, "
+    f"{_WINDOW}) -> Tensor"
+)
+_library.define(
+    "grad_span(Tensor grad, Tensor x, Tensor features, Tensor weight, int[] kernel_size, "
+    f"{_WINDOW}) -> (Tensor, Tensor, Tensor)"
+)
 _library.define(f"grad_x(Tensor grad, Tensor kernel, SymInt[] size, {_WINDOW}) -> Tensor")
 _library.define(f"grad_kernel(Tensor grad, Tensor x, SymInt groups, SymInt[] kernel_size, {_WINDOW}) -> Tensor")
 
 forward = torch.ops.involution.forward.default
 generated = torch.ops.involution.generated.default
+generated_grad_x = torch.ops.involution.generated_grad_x.default
+grad_span = torch.ops.involution.grad_span.default
 grad_x = torch.ops.involution.grad_x.default
 grad_kernel = torch.ops.involution.grad_kernel.default
 
@@ -77,6 +87,18 @@ def _allocate_generated(x: Tensor, features: Tensor, weight: Tensor, bias: Tenso
     return _allocate(x, (*x.shape[:2], *features.shape[2:]))
 
 
+def _allocate_generated_grad_x(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, size: Ints, *window: Ints
+) -> Tensor:
+    return _allocate(grad, (*grad.shape[:2], *size))
+
+
+def _allocate_grad_span(
+    grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, *window: Ints
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(features, features.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
 def _allocate_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
     return _allocate(grad, (*grad.shape[:2], *size))
 
@@ -90,6 +112,8 @@ def _allocate_grad_kernel(
 
 torch.library.register_fake("involution::forward", _allocate_forward, lib=_library)
 torch.library.register_fake("involution::generated", _allocate_generated, lib=_library)
+torch.library.register_fake("involution::generated_grad_x", _allocate_generated_grad_x, lib=_library)
+torch.library.register_fake("involution::grad_span", _allocate_grad_span, lib=_library)
 torch.library.register_fake("involution::grad_x", _allocate_grad_x, lib=_library)
 torch.library.register_fake("involution::grad_kernel", _allocate_grad_kernel, lib=_library)
 
@@ -126,8 +150,25 @@ def _register(key: str, implementation: Any) -> None:
             implementation.grad_kernel(out, grad, x, stride, padding, dilation)
         return out
 
+    def run_generated_grad_x(
+        grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, size: Ints, *window: Ints
+    ) -> Tensor:
+        out = _allocate_generated_grad_x(grad, features, weight, bias, size)
+        if out.numel():
+            implementation.generated_grad_x(out, grad, features, weight, bias, *window)
+        return out
+
+    def run_grad_span(
+        grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, *window: Ints
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outs = _allocate_grad_span(grad, x, features, weight)
+        implementation.grad_span(outs, grad, x, features, weight, *window)
+        return outs
+
     _library.impl("forward", run_forward, key)
     _library.impl("generated", run_generated, key)
+    _library.impl("generated_grad_x", run_generated_grad_x, key)
+    _library.impl("grad_span", run_grad_span, key)
     _library.impl("grad_x", run_grad_x, key)
     _library.impl("grad_kernel", run_grad_kernel, key)
 
@@ -181,21 +222,29 @@ def _generated_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _generated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, features, weight, bias = ctx.saved_tensors
     window, (wants_x, *wants_span) = (ctx.stride, ctx.padding, ctx.dilation), ctx.needs_input_grad[:4]
-    from_x, from_features, from_weight, from_bias = None, None, None, None
-    if wants_x:
-        kernel = reference.span(features, weight, bias, ctx.kernel_size)
-        from_x = grad_x(grad, kernel, x.shape[2:], *window)
-        del kernel  # as large as its gradient, which comes next
-    if any(wants_span):
-        groups = weight.shape[0] // prod(ctx.kernel_size)
-        taps = grad_kernel(grad, x, groups, ctx.kernel_size, *window).flatten(1, x.dim() - 1).movedim(1, -1)
-        if wants_span[0]:
-            from_features = (taps @ weight).movedim(-1, 1)
-        if wants_span[1]:
-            from_weight = taps.flatten(0, -2).T @ features.movedim(1, -1).flatten(0, -2)
-        if wants_span[2]:
-            from_bias = taps.flatten(0, -2).sum(0)
-    return from_x, from_features, from_weight, from_bias, *(None,) * 4
+    to_x: Callable[..., Tensor] = generated_grad_x
+    to_span: Callable[..., tuple[Tensor, Tensor, Tensor]] = grad_span
+    if torch.is_grad_enabled():  # the derivatives are to be derived in turn
+        to_x, to_span = _generated_grad_x, _grad_span
+    from_x = to_x(grad, features, weight, bias, x.shape[2:], ctx.kernel_size, *window) if wants_x else None
+    if not any(wants_span):
+        return from_x, *(None,) * 7
+    from_span = to_span(grad, x, features, weight, ctx.kernel_size, *window)
+    wanted = (g if wants else None for g, wants in zip(from_span, wants_span, strict=True))
+    return from_x, *wanted, *(None,) * 4
+
+
+def _generated_grad_x(
+    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, size: Ints, kernel_size: Ints, *window: Ints
+) -> Tensor:
+    return grad_x(grad, reference.span(features, weight, bias, kernel_size), size, *window)
+
+
+def _grad_span(
+    grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, kernel_size: Ints, *window: Ints
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = grad_kernel(grad, x, weight.shape[0] // prod(kernel_size), kernel_size, *window)
+    return reference.through_span(kernel, features, weight)
 
 
 def _grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -39,6 +39,42 @@ def span(features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints) -> T
     return taps.unflatten(1, (-1, *kernel_size))
 
 
+def generated_grad_x(
+    out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
+) -> None:
+    """Fill `out` with the gradient of x in `generated`."""
+    grad_x(out, grad, span(features, weight, bias, kernel_size), *window)
+
+
+def grad_span(
+    outs: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    kernel_size: Ints,
+    *window: Ints,
+) -> None:
+    """Fill `outs` with the gradients of features, weight and bias in `generated`."""
+    kernel = like_span(features, weight, kernel_size)
+    grad_kernel(kernel, grad, x, *window)
+    for out, value in zip(outs, through_span(kernel, features, weight), strict=True):
+        out.copy_(value)
+
+
+def through_span(kernel: Tensor, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of features, weight and bias in `span` from that of the kernel."""
+    taps = kernel.flatten(1, -features.dim() + 1).movedim(1, -1)  # (B, *O, G * T)
+    every = taps.flatten(0, -2)
+    return (taps @ weight).movedim(-1, 1), every.T @ features.movedim(1, -1).flatten(0, -2), every.sum(0)
+
+
+def like_span(features: Tensor, weight: Tensor, kernel_size: Ints) -> Tensor:
+    """An empty tensor of the shape, dtype and layout of what `span` gives."""
+    taps = features.new_empty((features.shape[0], *features.shape[2:], weight.shape[0])).movedim(-1, 1)
+    return taps.unflatten(1, (-1, *kernel_size))
+
+
 def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
     """Fill `out` with the gradient of x: each tap adds its share of `grad` to the positions it read."""
     grouped = _grouped(_accurate(grad), kernel.shape[1])

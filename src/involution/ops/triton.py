@@ -76,6 +76,30 @@ def generated(
         )
 
 
+def generated_grad_x(
+    out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
+) -> None:
+    """Fill `out` as `reference.generated_grad_x` does, by way of memory."""
+    grad_x(out, grad, reference.span(features, weight, bias, kernel_size), *window)
+
+
+def grad_span(
+    outs: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    kernel_size: Ints,
+    *window: Ints,
+) -> None:
+    """Fill `outs` as `reference.grad_span` does, by way of memory."""
+    kernel = reference.like_span(features, weight, kernel_size)
+    if kernel.numel():
+        grad_kernel(kernel, grad, x, *window)
+    for out, value in zip(outs, reference.through_span(kernel, features, weight), strict=True):
+        out.copy_(value)
+
+
 def _slide(
     out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints, transposed: bool
 ) -> None:
