@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from involution.ops import library, reference
+from involution.ops.unwatched import unwatched
 from involution.ops.window import IntOrInts, Window, whole
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +57,9 @@ def involution(
 
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021.
     """
+    given = (stride, padding, dilation)
+    if (settings := _settings_before(library.forward, (x, kernel), given)) is not None:
+        return library.call_on_cpu(library.forward, x, kernel, *settings)
     _check_tensor("x", x)
     _check_tensor("kernel", kernel)
     rank = _rank(x)
@@ -70,9 +76,10 @@ def involution(
     _check_alike(x, "kernel", kernel)
     window = Window.normalise(rank, kernel_size, stride, padding, dilation)
     _check_sizes(x, "kernel", kernel, kernel.shape[1], window)
+    settings = (window.stride, window.padding, window.dilation)
     if forward_ad._current_level >= 0:
-        return _with_tangent(library.forward, x, kernel, window.stride, window.padding, window.dilation)
-    return library.call(library.forward, x, kernel, window.stride, window.padding, window.dilation)
+        return _with_tangent(library.forward, x, kernel, *settings)
+    return _call(library.forward, (x, kernel), given, settings)
 
 
 def generated_involution(
@@ -114,6 +121,10 @@ def generated_involution(
         >>> generated_involution(x, features, torch.randn(2 * 9, 8), torch.randn(2 * 9), 3, padding=1).shape
         torch.Size([2, 32, 13, 13])
     """
+    given = (kernel_size, stride, padding, dilation)
+    before = _settings_before(library.generated, (x, features, weight, bias), given)
+    if before is not None:
+        return library.call_on_cpu(library.generated, x, features, weight, bias, *before)
     tensors = {"x": x, "features": features, "weight": weight, "bias": bias}
     for name, value in tensors.items():
         _check_tensor(name, value)
@@ -140,7 +151,7 @@ def generated_involution(
         kernel = reference.span(features, weight, bias, window.kernel_size)
         return _with_tangent(library.forward, x, kernel, window.stride, window.padding, window.dilation)
     settings = (window.kernel_size, window.stride, window.padding, window.dilation)
-    return library.call(library.generated, x, features, weight, bias, *settings)
+    return _call(library.generated, (x, features, weight, bias), given, settings)
 
 
 def local_products(
@@ -197,7 +208,36 @@ def local_products(
     settings = (groups, window.kernel_size, window.stride, window.padding, window.dilation)
     if forward_ad._current_level >= 0:
         return _with_tangent(library.grad_kernel, query, x, *settings)
-    return library.call(library.grad_kernel, query, x, *settings)
+    return library.grad_kernel(query, x, *settings)
+
+
+# Settings, spelled out, of calls that have passed all checks, by all that these look at: to check takes longer than to
+# compute on a small image.
+_passed: dict[object, tuple[Any, ...]] = {}
+_MOST_PASSED = 1024
+
+
+def _settings_before(op: object, tensors: tuple[Tensor, ...], given: tuple[object, ...]) -> tuple[Any, ...] | None:
+    """The settings, spelled out, if such a call passed all checks before and nothing watches this one; else None."""
+    return _passed.get(_looked_at(op, tensors, given)) if unwatched(tensors) else None
+
+
+def _call(op: OpOverload, tensors: tuple[Tensor, ...], given: tuple[object, ...], settings: tuple[Any, ...]) -> Tensor:
+    """op(*tensors, *settings), which have passed all checks."""
+    if unwatched(tensors) and (looked_at := _looked_at(op, tensors, given)):
+        if len(_passed) == _MOST_PASSED:
+            _passed.clear()
+        _passed[looked_at] = settings
+    out: Tensor = op(*tensors, *settings)
+    return out
+
+
+def _looked_at(op: object, tensors: tuple[Tensor, ...], given: tuple[object, ...]) -> object:
+    """None for settings that are no ints and tuples of ints: others may be equal to these, or cannot be looked up."""
+    for value in given:
+        if type(value) is not int and (type(value) is not tuple or any(type(entry) is not int for entry in value)):
+            return None
+    return (op, given, *[(t.dtype, t.shape) for t in tensors])
 
 
 def _with_tangent(product: Callable[..., Tensor], a: Tensor, b: Tensor, *settings: object) -> Tensor:

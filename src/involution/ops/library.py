@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from involution.ops import cpu, flops, reference
 
@@ -50,12 +51,10 @@ grad_x = torch.ops.involution.grad_x.default
 grad_kernel = torch.ops.involution.grad_kernel.default
 
 
-def call(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """op(*args), past autograd where it is switched off: its turn is taken in Python and as slow as that of the op."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def call_on_cpu(op: OpOverload, *args: Any) -> Tensor:
+    """op(*args) without torch's dispatcher, for tensors that are `unwatched`."""
+    out: Tensor = _on_cpu[op](*args)
+    return out
 
 
 def implementations() -> dict[str, str]:
@@ -72,10 +71,13 @@ def implementations() -> dict[str, str]:
 # Allocation: real and fake tensors come from the same functions, so they cannot disagree.
 
 
+_INNERMOST = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}  # orders of the axes in memory, channels last
+
+
 def _allocate(like: Tensor, shape: Ints) -> Tensor:
     """An empty tensor in the memory format of `like`: channels innermost if they are so in `like`, else contiguous."""
     if like.stride(1) == 1 and not like.is_contiguous():
-        return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+        return torch.empty_permuted(shape, _INNERMOST[like.dim()], dtype=like.dtype, device=like.device)
     return like.new_empty(shape)
 
 
@@ -121,8 +123,11 @@ torch.library.register_fake("involution::grad_kernel", _allocate_grad_kernel, li
 # Implementations: each fills a tensor allocated here.
 
 
-def _register(key: str, implementation: Any) -> None:
-    """Serve the dispatch key `key` with `implementation`: an object with the functions of `reference`."""
+def _register(key: str, implementation: Any) -> dict[OpOverload, Callable[..., Any]]:
+    """Serve the dispatch key `key` with `implementation`: an object with the functions of `reference`.
+
+    Returns what now serves each op.
+    """
 
     def run_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
         out = _allocate_forward(x, kernel, stride, padding, dilation)
@@ -165,12 +170,17 @@ def _register(key: str, implementation: Any) -> None:
         implementation.grad_span(outs, grad, x, features, weight, *window)
         return outs
 
-    _library.impl("forward", run_forward, key)
-    _library.impl("generated", run_generated, key)
-    _library.impl("generated_grad_x", run_generated_grad_x, key)
-    _library.impl("grad_span", run_grad_span, key)
-    _library.impl("grad_x", run_grad_x, key)
-    _library.impl("grad_kernel", run_grad_kernel, key)
+    served: dict[OpOverload, Callable[..., Any]] = {
+        forward: run_forward,
+        generated: run_generated,
+        generated_grad_x: run_generated_grad_x,
+        grad_span: run_grad_span,
+        grad_x: run_grad_x,
+        grad_kernel: run_grad_kernel,
+    }
+    for op, run in served.items():
+        _library.impl(op, run, key)
+    return served
 
 
 class _Triton:
@@ -188,9 +198,9 @@ class _Triton:
         return getattr(self._module, name)
 
 
-_register("CompositeExplicitAutograd", reference)
+_on_cpu = _register("CompositeExplicitAutograd", reference)
 if cpu.available():
-    _register("CPU", cpu)
+    _on_cpu = _register("CPU", cpu)
 if _Triton.available():
     _register("CUDA", _Triton())  # ROCm's too
 

@@ -1,0 +1,43 @@
+"""Whether an op may go around torch's dispatcher, whose turns in Python take as long as a small convolution."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor, nn
+from torch._C import _dispatch_keys as _tensor_keys
+from torch._C import _dispatch_tls_local_include_set as _mode_keys
+from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, nn.Parameter)  # subclasses may have a dispatch of their own
+
+
+def _bits(*keys: str) -> int:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys)
+    return int(reduce(or_, sets).raw_repr())
+
+
+# The keys of a dense CPU tensor without lazy negation, batching, functionalisation or other wrapping; the second of
+# each pair is what `torch.inference_mode` makes of it.
+_DENSE = frozenset((_bits("CPU", "AutogradCPU", "ADInplaceOrView", "AutocastCPU"), _bits("CPU", "AutocastCPU")))
+# What torch adds to them where no mode (of counting, faking, tracing) and no transform of torch.func is active.
+_ALONE = frozenset((_bits("BackendSelect", "ADInplaceOrView"), _bits("BackendSelect")))
+
+
+def unwatched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether nothing would notice how an op on `tensors` is called.
+
+    They are dense, on a CPU and ask for no derivative, and no mode, transform, autocast, compiler or profiler is on.
+    """
+    if torch.compiler.is_compiling() or _profiler_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if _mode_keys().raw_repr() not in _ALONE or forward_ad._current_level >= 0:
+        return False
+    graph = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in _PLAIN or (graph and t.requires_grad) or _tensor_keys(t).raw_repr() not in _DENSE:
+            return False
+    return True
