@@ -53,7 +53,7 @@ def test_the_page_tells_what_is_computed():
     for line in scale(["rednet26"]).splitlines()[2:]:
         assert " ".join(line.split()) in page
     ratio = kept("rednet50", 32, 224, torch.bfloat16) / kept("resnet50", 32, 224, torch.bfloat16)
-    assert f"the features computed here are {ratio:.2f} times those of ResNet-50" in page
+    assert f"For RedNet-50 in bfloat16 the features computed here are {ratio:.2f} times those of ResNet-50" in page
 
 
 def test_mistakes_are_told(capsys):

@@ -317,6 +317,63 @@ def test_grad_checkpointing_changes_no_gradient() -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("stem", ["involution", "convolution"])
+def test_stem_run_again_changes_memory_and_nothing_else(stem: str) -> None:
+    """All that is kept inside the stem is its input and what its convolutions give."""
+    x, results, kept = torch.randn(2, 3, 33, 64), [], []
+    for again in (False, True):
+        model = slim(stem=stem, recompute_stem=again).train()
+        convs = [layer for name, layer in model.stem.named_children() if name.startswith("conv")]
+        given = {x.data_ptr()} | {parameter.data_ptr() for parameter in model.parameters()}
+        for conv in convs:
+            conv.register_forward_hook(lambda _, __, y, given=given: given.add(y.data_ptr()))
+        others: list[Tensor] = []
+
+        def keep(tensor: Tensor, given: set[int] = given, others: list[Tensor] = others) -> Tensor:
+            if tensor.data_ptr() not in given:
+                others.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = model._pooled_stem(x)
+        kept.append(len(others))
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.stem.parameters()), *model.stem.buffers()])
+    assert kept[0] >= 3
+    assert kept[1] == 0
+    assert all(map(torch.equal, *results))
+    assert model.stem.bn1.num_batches_tracked == 1
+    assert model.stem.bn1.momentum == 0.1
+
+
+def test_blocks_run_again_count_a_batch_once() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    results = []
+    for again in (False, True):
+        model = shallow(x).train()
+        model.set_grad_checkpointing(again)
+        model(x).square().sum().backward()
+        results.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(map(torch.equal, *results))
+
+
+def test_hooks_on_the_stem_see_it_in_training() -> None:
+    x, seen = torch.randn(2, 3, 32, 32), []
+    model = slim().train()
+    model.stem.register_forward_hook(lambda _, __, y: seen.append(y.shape))
+    model(x).sum().backward()
+    assert [tuple(shape) for shape in seen] == [(2, 32, 16, 16)]
+
+
+def test_training_compiles_to_one_graph() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = slim().train()
+    expected = gradients(model, x)
+    actual = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    for (name, gradient), right in zip(actual.items(), expected.values(), strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-3 * float(right.abs().max()), msg=name)
+
+
 def test_exported_program_is_equal() -> None:
     x = torch.randn(1, 3, 33, 65)
     model = shallow(x)

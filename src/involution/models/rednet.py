@@ -18,8 +18,10 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from involution.models.official import backbone
+from involution.models.recompute import recomputed, recomputes
 from involution.nn import Involution2d
 from involution.pointwise import PointwiseConv2d, fold_norms
 
@@ -96,6 +98,8 @@ class RedNet(nn.Module):
         generator: the blocks' kernel generators: "bottleneck", "linear", "neighbourhood" or "attention"; see
             `Involution2d`.
         fused: let the involutions generate their kernels part by part where they are used; see `Involution2d`.
+        recompute_stem: in training, run the stem's norms, activations and pool again in the backward pass instead of
+            keeping what they give: less memory for hardly more time.
         zero_init_last: start every block as its shortcut, by a last norm of zero.
 
     `groups`, `group_channels` and `reduction` leave the stem alone, as the paper's ablations do.
@@ -135,6 +139,7 @@ class RedNet(nn.Module):
         reduction: int = 4,
         generator: str = "bottleneck",
         fused: bool = True,
+        recompute_stem: bool = True,
         zero_init_last: bool = True,
     ) -> None:
         super().__init__()
@@ -161,6 +166,7 @@ class RedNet(nn.Module):
             raise ValueError(f"`output_stride` must be 8, 16 or 32; got {output_stride!r}.")
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        self.recompute_stem = recompute_stem
 
         if stem == "involution":
             self.stem = _involution_stem(in_chans, stem_width, stem_kernel, fused)
@@ -267,7 +273,7 @@ class RedNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, (B, num_features, H / output_stride, W / output_stride), sizes rounded up."""
-        x = self.maxpool(self.stem(x))
+        x = self._pooled_stem(x)
         for name in STAGES:
             x = self._run(self.get_submodule(name), x)
         return x
@@ -281,8 +287,27 @@ class RedNet(nn.Module):
         """Logits of the images `x`."""
         return self.forward_head(self.forward_features(x))
 
+    def _pooled_stem(self, x: Tensor) -> Tensor:
+        stem = self.stem
+        watched = stem._forward_hooks or stem._forward_pre_hooks or stem._backward_hooks or stem._backward_pre_hooks
+        if not (self.recompute_stem and self.training and recomputes(x)) or watched:
+            return self.maxpool(stem(x))
+        layers: list[nn.Module] = []
+        for layer in (*stem, self.maxpool):
+            layers.append(layer)
+            if isinstance(layer, (nn.Conv2d, Involution2d, nn.MaxPool2d)):
+                x = _run_again(nn.Sequential(*layers), x) if len(layers) > 1 else layer(x)
+                layers = []
+        return x
+
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+        if not self.grad_checkpointing:
+            return stage(x)
+        if not recomputes(x):
+            return checkpoint_seq(stage, x)  # compilers know timm's
+        for block in stage.children():
+            x = _run_again(block, x)
+        return x
 
 
 def mirrored_resnet(depth: int, base_width: int = 64, stem_width: int = 64, **kwargs: Any) -> ResNet:
@@ -380,6 +405,10 @@ def _convolution_stem(in_chans: int, width: int) -> ConvNorms:
         "act1": nn.ReLU(inplace=True),
     }
     return ConvNorms(OrderedDict(layers))
+
+
+def _run_again(layers: nn.Module, x: Tensor) -> Tensor:
+    return recomputed(layers, x, [module for module in layers.modules() if isinstance(module, _BatchNorm)])
 
 
 def _initialise(module: nn.Module) -> None:
