@@ -22,7 +22,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --no-compile -r constraints.txt
 	@touch $@
 
-.venv/.compiled: pyproject.toml CMakeLists.txt src/involution/csrc/involution.cpp | $(BIN)/python
+.venv/.compiled: pyproject.toml CMakeLists.txt $(wildcard src/involution/csrc/*) | $(BIN)/python
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --no-compile --no-deps -e .
 	@touch $@
 
@@ -52,7 +52,7 @@ sanitize: setup build/sanitized/.compiled ## Run the operator's tests under the 
 	$(ASAN) $(BIN)/python -m pytest --capture=sys --libraries build/sanitized \
 		tests/ops/test_implementations.py tests/ops/test_generated.py tests/ops/sanitized.py
 
-build/sanitized/.compiled: CMakeLists.txt src/involution/csrc/involution.cpp
+build/sanitized/.compiled: CMakeLists.txt $(wildcard src/involution/csrc/*)
 	cmake -S . -B build/sanitized -DSANITIZE=ON -DCMAKE_CXX_COMPILER=g++
 	cmake --build build/sanitized --parallel 2
 	@touch $@

@@ -15,7 +15,7 @@ from torch import Tensor
 Ints = Sequence[int]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("10P")  # together `struct Problem` of csrc/involution.cpp
+_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("10P")  # together `struct Problem` of csrc/problem.h
 _PADDED = 16  # rows of partial sums are whole vectors of any width
 # Lots of partial sums: enough for the threads of a large machine, less where they take much memory, whoever calls.
 _LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
@@ -41,18 +41,16 @@ def generated(
     out: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
     """Fill `out` as `reference.generated` does, with the kernel made tile by tile in the cache."""
-    accurate = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = weight.to(accurate).contiguous(), bias.to(accurate).contiguous()
-    _call_generated("involution_forward", x, out, (features, weight, bias), (), kernel_size, window)
+    span = (features, _accurate(weight), _accurate(bias))
+    _call_generated("involution_forward", x, out, span, (), kernel_size, window)
 
 
 def generated_grad_x(
     out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
     """Fill `out` with the gradient of x in `generated`, with the kernel made tile by tile in the cache."""
-    accurate = torch.promote_types(grad.dtype, torch.float32)
-    weight, bias = weight.to(accurate).contiguous(), bias.to(accurate).contiguous()
-    _call_generated("involution_grad_x", out, grad, (features, weight, bias), (), kernel_size, window)
+    span = (features, _accurate(weight), _accurate(bias))
+    _call_generated("involution_grad_x", out, grad, span, (), kernel_size, window)
 
 
 def grad_span(
@@ -68,8 +66,7 @@ def grad_span(
 
     The last two are sums over all positions, taken in an order that does not depend on the number of threads.
     """
-    accurate = torch.promote_types(x.dtype, torch.float32)
-    weight = weight.to(accurate).contiguous()
+    weight = _accurate(weight)
     (taps, reduced), padded = weight.shape, -(-weight.shape[1] // _PADDED) * _PADDED
     lots = max(_LEAST_LOTS, min(_MOST_LOTS, _PARTIAL_BYTES // (taps * padded * weight.itemsize)))
     partial = weight.new_empty(lots, taps * (padded + 1))
@@ -119,6 +116,11 @@ def _call_generated(
     given = (features.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
     _run(name, sizes, (x.data_ptr(), 0, y.data_ptr(), *given, *filled), x, window)
+
+
+def _accurate(weight: Tensor) -> Tensor:
+    """Dense, and of the type computed in."""
+    return weight.contiguous() if weight.dtype in (torch.float32, torch.float64) else weight.float().contiguous()
 
 
 def _run(name: str, sizes: bytes, addresses: Ints, x: Tensor, window: Sequence[Ints]) -> None:

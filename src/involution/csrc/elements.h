@@ -1,0 +1,159 @@
+// Types of elements, conversions between them, and vectors of them.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "problem.h"
+
+namespace {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+
+inline float widen(BFloat16 value) {
+  const std::uint32_t bits = std::uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline float widen(Float16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &value, sizeof half);
+  return half;
+#else
+  const std::uint32_t sign = std::uint32_t(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
+  std::uint32_t bits = rest << 13;
+  float result;
+  if (rest >= 0x7c00) {
+    bits |= 0x7f800000;  // infinity, NaN
+  } else {               // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal
+    std::memcpy(&result, &bits, sizeof result);
+    result *= 0x1p112f;
+    std::memcpy(&bits, &result, sizeof bits);
+  }
+  bits |= sign;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+#endif
+}
+
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(double value, double& out) { out = value; }
+
+inline void narrow(float value, BFloat16& out) {  // round to nearest, ties to even
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  out.bits = nan ? 0x7fc0 : std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void narrow(float value, Float16& out) {
+#if defined(__F16C__)
+  out.bits = std::uint16_t(_cvtss_sh(value, 0));
+#elif defined(__aarch64__)
+  const __fp16 half = value;
+  std::memcpy(&out, &half, sizeof out);
+#else
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const std::uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) {
+    out.bits = sign | 0x7e00;
+  } else if (bits >= 0x477ff000) {  // rounds to 2^16 or more
+    out.bits = sign | 0x7c00;
+  } else if (bits < 0x38800000) {  // subnormal: adding 0.5 rounds at the place of the last bit
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof bits);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    out.bits = sign | std::uint16_t(bits - 0x3f000000);
+  } else {
+    out.bits = sign | std::uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+  }
+#endif
+}
+
+template <class Real, int LANES>
+struct Vector {
+  typedef Real type __attribute__((vector_size(sizeof(Real) * LANES), aligned(sizeof(Real)), may_alias));
+};
+
+// At any address. clang forgets in a template that the type asks for no alignment, and would move it as if it were aligned;
+// g++ does not, and makes somewhat slower code of a copy.
+template <class V, class Real>
+inline V load(const Real* from) {
+#if defined(__clang__)
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+#else
+  static_assert(alignof(V) == alignof(Real));
+  return *reinterpret_cast<const V*>(from);
+#endif
+}
+template <class V, class Real>
+inline void store(Real* to, V value) {
+#if defined(__clang__)
+  std::memcpy(to, &value, sizeof value);
+#else
+  static_assert(alignof(V) == alignof(Real));
+  *reinterpret_cast<V*>(to) = value;
+#endif
+}
+
+template <int LANES, class To, class From>
+inline void copy_lanes(To* to, const From* from) {
+#if defined(__F16C__)  // compilers do not make vectors of these conversions by themselves
+  if constexpr (std::is_same_v<To, float> && std::is_same_v<From, Float16> && LANES % 8 == 0) {
+    for (int lane = 0; lane < LANES; lane += 8)
+      _mm256_storeu_ps(to + lane, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + lane))));
+    return;
+  }
+  if constexpr (std::is_same_v<To, Float16> && std::is_same_v<From, float> && LANES % 8 == 0) {
+    for (int lane = 0; lane < LANES; lane += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane), _mm256_cvtps_ph(_mm256_loadu_ps(from + lane), 0));
+    return;
+  }
+#endif
+  if constexpr (std::is_same_v<To, From>) {
+    using V = typename Vector<To, LANES>::type;
+    store<V>(to, load<V>(from));
+  } else if constexpr (sizeof(To) > sizeof(From)) {
+    for (int lane = 0; lane < LANES; ++lane) to[lane] = widen(from[lane]);
+  } else {
+    for (int lane = 0; lane < LANES; ++lane) narrow(from[lane], to[lane]);
+  }
+}
+
+// A run of elements, to the type computed in.
+template <class To, class From>
+inline void widen_run(To* to, const From* from, Index count) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, sizeof(To) * count);
+  } else {
+    Index i = 0;
+    for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
+    for (; i < count; ++i) to[i] = widen(from[i]);
+  }
+}
+
+}  // namespace

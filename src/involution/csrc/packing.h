@@ -1,0 +1,142 @@
+// Copies between tensors of any strides and the scratch that the loops run on.
+
+#pragma once
+
+#include <utility>
+
+#include "elements.h"
+
+namespace {
+
+// One half of the elements of `a` and `b`, in turn.
+template <int N, bool UPPER, class V, int... I>
+inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...);
+#else
+  using Lane = std::conditional_t<sizeof(V) / N == 4, std::int32_t, std::int64_t>;
+  typedef Lane Mask __attribute__((vector_size(sizeof(Lane) * N)));
+  return __builtin_shuffle(a, b, Mask{(I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...});
+#endif
+}
+
+// to[j * to_step + i] = from[i * from_step + j], in blocks of N x N; the last block of a row or column overlaps the one before.
+template <int N, class To, class From>
+void transpose_blocks(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
+  using Real = std::common_type_t<decltype(widen(To{})), decltype(widen(From{}))>;
+  using V = typename Vector<Real, N>::type;
+  constexpr auto lanes = std::make_integer_sequence<int, N>{};
+  for (Index i = 0; i < i_size; i += N) {
+    for (Index j = 0; j < j_size; j += N) {
+      const Index i_from = least(i, i_size - N), j_from = least(j, j_size - N);
+      Real lane[N];
+      V rows[N], mixed[N];
+      for (int row = 0; row < N; ++row) {
+        copy_lanes<N>(lane, from + (i_from + row) * from_step + j_from);
+        rows[row] = load<V>(lane);
+      }
+      for (int stage = 1; stage < N; stage *= 2) {
+        for (int row = 0; row < N / 2; ++row) {
+          mixed[2 * row] = interleave<N, false>(rows[row], rows[row + N / 2], lanes);
+          mixed[2 * row + 1] = interleave<N, true>(rows[row], rows[row + N / 2], lanes);
+        }
+        for (int row = 0; row < N; ++row) rows[row] = mixed[row];
+      }
+      for (int row = 0; row < N; ++row) {
+        store<V>(lane, rows[row]);
+        copy_lanes<N>(to + (j_from + row) * to_step + i_from, lane);
+      }
+    }
+  }
+}
+
+// to[j * to_step + i] = from[i * from_step + j]. LANES: of the widest register to use.
+template <int LANES, class To, class From>
+void transpose(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
+  const Index smaller = least(i_size, j_size);
+  if constexpr (LANES >= 16) {
+    if (smaller >= 16) return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
+  }
+  if constexpr (LANES >= 8) {
+    if (smaller >= 8) return transpose_blocks<8>(to, to_step, from, from_step, i_size, j_size);
+  }
+  if (smaller >= 4) return transpose_blocks<4>(to, to_step, from, from_step, i_size, j_size);
+  for (Index i = 0; i < i_size; ++i)
+    for (Index j = 0; j < j_size; ++j) copy_lanes<1>(to + j * to_step + i, from + i * from_step + j);
+}
+
+// Channels at columns `wanted` of one row -> [chunk][column][LANES], zero outside the image and beyond the last channel.
+template <class Real, int LANES, class Element>
+void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel_step, Index column_step, Range wanted,
+                  Index width, Index channels) {
+  const Range inside = {least(most(wanted.from, 0), wanted.to), most(least(wanted.to, width), wanted.from)};
+  const Index whole = channels / LANES, chunks = ceil_div(channels, LANES);
+  for (Index chunk = 0; chunk < chunks; ++chunk) {
+    Real* row = to + chunk * chunk_step;
+    const Index before = chunk < whole ? inside.from - wanted.from : wanted.size();
+    std::memset(row, 0, sizeof(Real) * LANES * before);
+    std::memset(row + (inside.to - wanted.from) * LANES, 0, sizeof(Real) * LANES * (wanted.to - inside.to));
+  }
+  to -= wanted.from * LANES;
+  const bool by_column = channel_step == 1;
+  if (by_column) {  // in the order of memory
+    for (Index column = inside.from; column < inside.to; ++column)
+      for (Index chunk = 0; chunk < whole; ++chunk)
+        copy_lanes<LANES>(to + chunk * chunk_step + column * LANES, from + column * column_step + chunk * LANES);
+  }
+  for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
+    const Element* source = from + chunk * LANES * channel_step;
+    Real* target = to + chunk * chunk_step;
+    const Index lanes = least(LANES, channels - chunk * LANES);
+    if (column_step == 1) {
+      transpose<LANES>(target + inside.from * LANES, LANES, source + inside.from, channel_step, lanes, inside.size());
+    } else {
+      for (Index lane = 0; lane < lanes; ++lane)
+        for (Index column = inside.from; column < inside.to; ++column)
+          target[column * LANES + lane] = widen(source[column * column_step + lane * channel_step]);
+    }
+  }
+}
+
+// The reverse, for columns that all lie inside.
+template <class Real, int LANES, class Element>
+void unpack_columns(Element* to, Index channel_step, Index column_step, const Real* from, Index chunk_step, Index columns,
+                    Index channels) {
+  const Index whole = channels / LANES, chunks = ceil_div(channels, LANES);
+  const bool by_column = channel_step == 1;
+  if (by_column) {
+    for (Index column = 0; column < columns; ++column)
+      for (Index chunk = 0; chunk < whole; ++chunk)
+        copy_lanes<LANES>(to + column * column_step + chunk * LANES, from + chunk * chunk_step + column * LANES);
+  }
+  for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
+    const Real* source = from + chunk * chunk_step;
+    Element* target = to + chunk * LANES * channel_step;
+    const Index lanes = least(LANES, channels - chunk * LANES);
+    if (column_step == 1) {
+      transpose<LANES>(target, channel_step, source, LANES, columns, lanes);
+    } else {
+      for (Index lane = 0; lane < lanes; ++lane)
+        for (Index column = 0; column < columns; ++column)
+          narrow(source[column * LANES + lane], target[column * column_step + lane * channel_step]);
+    }
+  }
+}
+
+// Channels at all columns of one row -> [channel][to_step].
+template <int LANES, class Real, class Element>
+void pack_planes(Real* to, Index to_step, const Element* from, Index channel_step, Index column_step, Index columns,
+                 Index channels) {
+  if (channel_step == 1) return transpose<LANES>(to, to_step, from, column_step, columns, channels);
+  for (Index channel = 0; channel < channels; ++channel) {
+    Real* target = to + channel * to_step;
+    const Element* row = from + channel * channel_step;
+    if (column_step == 1) {
+      widen_run(target, row, columns);
+    } else {
+      for (Index column = 0; column < columns; ++column) target[column] = widen(row[column * column_step]);
+    }
+  }
+}
+
+}  // namespace

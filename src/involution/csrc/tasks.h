@@ -1,0 +1,129 @@
+// How an op is cut into tasks, and the threads and the scratch memory these get.
+
+#pragma once
+
+#include <cstdlib>
+
+#include "problem.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr Index COLUMNS_PER_TASK = 512;
+constexpr Index KERNEL_BYTES_PER_TASK = 320 << 10;  // the taps of a task's rows stay in the second-level cache between groups
+constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated, so do those of one group
+[[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
+
+// How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups.
+struct Tasks {
+  Index depths, rows, columns, groups;                      // extents
+  Index row_blocks, column_blocks, group_blocks, count;     // how many
+  Tasks(const Problem& p, const Index* size, Index threads) : depths(size[0]), rows(size[1]), columns(size[2]), groups(p.groups) {
+    const Index taps = taps_of(p);
+    column_blocks = ceil_div(columns, COLUMNS_PER_TASK);
+    const Index row_bytes = ceil_div(columns, column_blocks) * groups * taps * Index(sizeof(float));
+    const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks) : KERNEL_BYTES_PER_TASK / row_bytes;
+    row_blocks = ceil_div(rows, most(1, least(rows, rows_per_task)));
+    // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
+    const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 4 : 2) * threads;
+    // The gradient of the features is a sum over groups, so these stay together there.
+    group_blocks = tasks >= wanted || p.grad_weight ? 1 : least(groups, ceil_div(wanted, most(1, tasks)));
+    count = tasks * group_blocks;
+  }
+};
+
+inline Range part(Index size, Index blocks, Index block) { return {size * block / blocks, size * (block + 1) / blocks}; }
+
+struct Task {
+  Index batch, depth;
+  Range rows, columns, groups;
+  Task(const Tasks& all, Index index) {
+    groups = part(all.groups, all.group_blocks, index % all.group_blocks), index /= all.group_blocks;
+    columns = part(all.columns, all.column_blocks, index % all.column_blocks), index /= all.column_blocks;
+    rows = part(all.rows, all.row_blocks, index % all.row_blocks), index /= all.row_blocks;
+    depth = index % all.depths, batch = index / all.depths;
+  }
+};
+
+// Scratch memory of one thread, carved into aligned pieces. The first pass, without memory, measures.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <class T>
+  T* take(Index count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ = count >= TOO_MUCH / 8 ? TOO_MUCH : used_ + ((count * Index(sizeof(T)) + 63) & ~Index(63));
+    return piece;
+  }
+  Index used() const { return least(used_, TOO_MUCH); }
+
+ private:
+  char* base_;
+  Index used_ = 0;
+};
+
+// Scratch of a calling thread, kept for its next call: fresh memory costs a page fault for every 4 KiB.
+class Kept {
+ public:
+  ~Kept() { std::free(memory_); }
+  char* at_least(Index bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      memory_ = static_cast<char*>(std::aligned_alloc(4096, std::size_t(bytes)));
+      size_ = memory_ == nullptr ? 0 : bytes;
+    }
+    return memory_;
+  }
+
+ private:
+  char* memory_ = nullptr;
+  Index size_ = 0;
+};
+
+// How the tasks of an op are dealt out: in lots of consecutive ones, here each alone. `begin` and `finish` are for sums over tasks.
+struct Alone {
+  Index lots(Index tasks) const { return tasks; }
+  void begin(Index) const {}
+  void finish(Index) const {}
+};
+
+// Runs all tasks of an op on torch's threads. Returns 0, or 1 if there is no memory for the scratch.
+template <class Op>
+int run_tasks(const Problem& p, const Index* size) {
+  Index threads = 1;
+#if defined(_OPENMP)
+  const Index outputs = p.output[0] * p.output[1] * p.output[2];
+  if (p.batch * p.groups * p.channels * outputs * taps_of(p) > SERIAL_WORK) threads = omp_get_max_threads();
+#endif
+  const Tasks tasks(p, size, threads);
+  const Op op(p, tasks);
+  Arena measure(nullptr);
+  op.scratch(measure);
+  const Index bytes = (measure.used() + 4095) & ~Index(4095);
+  if (bytes >= TOO_MUCH) return 1;
+  static thread_local Kept kept;
+  char* memory = kept.at_least(bytes * threads);
+  if (memory == nullptr) return 1;
+  const Index lots = op.lots(tasks.count);
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) if (threads > 1)
+#endif
+  for (Index lot = 0; lot < lots; ++lot) {
+#if defined(_OPENMP)
+    Arena arena(memory + bytes * omp_get_thread_num());
+#else
+    Arena arena(memory);
+#endif
+    const auto scratch = op.scratch(arena);
+    op.begin(lot);
+    for (Index index = part(tasks.count, lots, lot).from; index < part(tasks.count, lots, lot).to; ++index)
+      op.run(Task(tasks, index), scratch, lot);
+  }
+  op.finish(lots);
+  return 0;
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+// The loops of forward and grad_x on packed rows: tiles of output columns whose sums stay in registers.
+
+#pragma once
+
+#include <utility>
+
+#include "packing.h"
+
+namespace {
+
+constexpr Index CACHE_LINE = 64;
+
+// Where the loops find things, the same for all rows of all tasks. Steps are in elements.
+struct Layout {
+  Index taps, stride, dilation;                     // of one line of the window, in columns
+  Index x_depth, x_row;                             // from line to line of the window in the packed rows
+  Index y_column;                                   // from output to output
+  Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
+  Index fetched;                                    // bytes of taps to come that each tile prefetches
+};
+
+// Whether the taps are read where they lie, and if not, which way they are copied.
+template <class Real, class Element>
+bool taps_in_place(const Problem& p) {
+  return std::is_same_v<Real, Element> && (p.kernel_stride[4] == 1 || p.kernel[2] == 1 || p.kernel_stride[7] == 1);
+}
+
+// The kernel of one group and output row, outputs `wanted`: a dense copy of the taps at `depths`.
+template <class Real, class Element>
+void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, Range depths, Range wanted) {
+  const Index *step = p.kernel_stride + 2, outputs = wanted.size();
+  from += wanted.from * step[5];
+  if (taps_in_one_run(p)) {
+    const Index first = depths.from * at.tap_depth, count = depths.size() * at.tap_depth;
+    for (Index output = 0; output < outputs; ++output)
+      widen_run(to + output * at.tap_output + first, from + output * step[5] + first, count);
+    return;
+  }
+  for (Index depth = depths.from; depth < depths.to; ++depth)
+    for (Index row = 0; row < p.kernel[1]; ++row)
+      for (Index tap = 0; tap < p.kernel[2]; ++tap) {
+        const Element* source = from + depth * step[0] + row * step[1] + tap * step[2];
+        Real* target = to + depth * at.tap_depth + row * at.tap_row + tap * at.tap_column;
+        if (at.tap_output == 1 && step[5] == 1) {
+          widen_run(target, source, outputs);
+          continue;
+        }
+        for (Index output = 0; output < outputs; ++output) target[output * at.tap_output] = widen(source[output * step[5]]);
+      }
+}
+
+// Calls body(x, taps) for every line of the window that lies inside the image: `depths` x `rows` of them.
+template <class Real, class Body>
+inline void for_each_line(Real* x, const Real* taps, Index depths, Index rows, const Layout& at, const Body& body) {
+  for (Index depth = 0; depth < depths; ++depth)
+    for (Index row = 0; row < rows; ++row)
+      body(x + depth * at.x_depth + row * at.x_row, taps + depth * at.tap_depth + row * at.tap_row);
+}
+
+// The taps of one line for a tile: a pointer for each output (taps innermost) or each tap, so that all offsets are constants.
+template <class Real, int K, bool TAPS_INNERMOST, int COLUMNS>
+struct TileTaps {
+  const Real* at[TAPS_INNERMOST ? COLUMNS : K];
+  TileTaps(const Real* first, const Layout& layout) {
+#pragma GCC unroll 16
+    for (int i = 0; i < (TAPS_INNERMOST ? COLUMNS : K); ++i)
+      at[i] = first + i * (TAPS_INNERMOST ? layout.tap_output : layout.tap_column);
+  }
+  Real operator()(int column, int tap) const { return TAPS_INNERMOST ? at[column][tap] : at[tap][column]; }
+};
+
+// COLUMNS outputs of a row: the sums over all lines of the window stay in registers. K, S = 0: known at run time only.
+template <class Real, int LANES, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
+  using V = typename Vector<Real, LANES>::type;
+  V sums[COLUMNS] = {};
+  for_each_line(x, taps, depths, rows, at, [&](const Real* line, const Real* first) {
+    if constexpr (K > 0) {
+      const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
+#pragma GCC unroll 32
+      for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
+        const V value = load<V>(line + position * LANES);
+#pragma GCC unroll 8
+        for (int column = 0; column < COLUMNS; ++column) {
+          const int t = position - column * S;
+          if (t >= 0 && t < K) sums[column] += tap(column, t) * value;
+        }
+      }
+    } else {
+      for (Index t = 0; t < at.taps; ++t)
+#pragma GCC unroll 8
+        for (int column = 0; column < COLUMNS; ++column)
+          sums[column] += first[column * at.tap_output + t * at.tap_column] *
+                          load<V>(line + (column * at.stride + t * at.dilation) * LANES);
+    }
+  });
+#pragma GCC unroll 8
+  for (int column = 0; column < COLUMNS; ++column) store<V>(y + column * at.y_column, sums[column]);
+}
+
+// The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
+template <class Real, int LANES, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
+  using V = typename Vector<Real, LANES>::type;
+  V grads[COLUMNS];
+#pragma GCC unroll 8
+  for (int column = 0; column < COLUMNS; ++column) grads[column] = load<V>(y + column * at.y_column);
+  for_each_line(x, taps, depths, rows, at, [&](Real* line, const Real* first) {
+    if constexpr (K > 0) {
+      const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
+#pragma GCC unroll 32
+      for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
+        V sum = load<V>(line + position * LANES);
+#pragma GCC unroll 8
+        for (int column = 0; column < COLUMNS; ++column) {
+          const int t = position - column * S;
+          if (t >= 0 && t < K) sum += tap(column, t) * grads[column];
+        }
+        store<V>(line + position * LANES, sum);
+      }
+    } else {
+      for (Index t = 0; t < at.taps; ++t)
+#pragma GCC unroll 8
+        for (int column = 0; column < COLUMNS; ++column) {
+          Real* position = line + (column * at.stride + t * at.dilation) * LANES;
+          store<V>(position, load<V>(position) + first[column * at.tap_output + t * at.tap_column] * grads[column]);
+        }
+    }
+  });
+}
+
+// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
+template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNERMOST>
+void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depths, Index rows, const Layout& at,
+                  const char* coming) {
+  Index column = 0;
+  const auto run = [&](auto width) {
+    constexpr auto tile = FORWARD ? gather_tile<Real, LANES, K, S, TAPS_INNERMOST, width>
+                                  : scatter_tile<Real, LANES, K, S, TAPS_INNERMOST, width>;
+    for (; column + width <= columns; column += width) {
+      for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
+      for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
+      tile(y + column * at.y_column, x + column * at.stride * LANES, taps + column * at.tap_output, depths, rows, at);
+    }
+  };
+  run(std::integral_constant<int, 7>{});
+  run(std::integral_constant<int, 3>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+template <class Real>
+using Row = void (*)(Real*, Real*, const Real*, Index, Index, Index, const Layout&, const char*);
+
+// The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
+template <bool FORWARD, class Real, int LANES>
+Row<Real> choose_row(const Layout& at, bool innermost) {
+#define VARIANT(K, S) (innermost ? row_of_tiles<FORWARD, Real, LANES, K, S, true> : row_of_tiles<FORWARD, Real, LANES, K, S, false>)
+  if constexpr (sizeof(Real) == 4) {
+    if (at.dilation == 1 && at.stride == 1) {
+      if (at.taps == 3) return VARIANT(3, 1);
+      if (at.taps == 5) return VARIANT(5, 1);
+      if (at.taps == 7) return VARIANT(7, 1);
+      if (at.taps == 9) return VARIANT(9, 1);
+    }
+    if (at.dilation == 1 && at.stride == 2) {
+      if (at.taps == 3) return VARIANT(3, 2);
+      if (at.taps == 7) return VARIANT(7, 2);
+    }
+  }
+  return VARIANT(0, 0);
+#undef VARIANT
+}
+
+}  // namespace
