@@ -134,6 +134,15 @@ inline void copy_lanes(To* to, const From* from) {
     return;
   }
 #endif
+  // Nor do they of this rounding, where it is for one register.
+  if constexpr (std::is_same_v<To, BFloat16> && std::is_same_v<From, float> && LANES >= 4) {
+    using Bits = typename Vector<std::uint32_t, LANES>::type;
+    using Half = typename Vector<std::uint16_t, LANES>::type;
+    const Bits bits = load<Bits>(reinterpret_cast<const std::uint32_t*>(from));
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // as `narrow` does
+    const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);
+    return store<Half>(reinterpret_cast<std::uint16_t*>(to), __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half));
+  }
   if constexpr (std::is_same_v<To, From>) {
     using V = typename Vector<To, LANES>::type;
     store<V>(to, load<V>(from));
