@@ -1,5 +1,6 @@
 """RedNet: the paper's counts, timm's contract, and what an argument that does not fit is told."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from involution.models import RedNet, mirrored_resnet
+from involution.models.recompute import recomputes
 from involution.models.rednet import Bottleneck
 from involution.nn import Involution2d
 
@@ -323,24 +326,22 @@ def test_stem_run_again_changes_memory_and_nothing_else(stem: str) -> None:
     x, results, kept = torch.randn(2, 3, 33, 64), [], []
     for again in (False, True):
         model = slim(stem=stem, recompute_stem=again).train()
-        convs = [layer for name, layer in model.stem.named_children() if name.startswith("conv")]
         given = {x.data_ptr()} | {parameter.data_ptr() for parameter in model.parameters()}
-        for conv in convs:
-            conv.register_forward_hook(lambda _, __, y, given=given: given.add(y.data_ptr()))
-        others: list[Tensor] = []
+        others: dict[int, Tensor] = {}
 
-        def keep(tensor: Tensor, given: set[int] = given, others: list[Tensor] = others) -> Tensor:
-            if tensor.data_ptr() not in given:
-                others.append(tensor)
+        def keep(tensor: Tensor, given: set[int] = given, others: dict[int, Tensor] = others) -> Tensor:
+            if tensor.data_ptr() not in given and tensor.numel():
+                others[tensor.data_ptr()] = tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = model._pooled_stem(x)
-        kept.append(len(others))
+        kept.append([tuple(tensor.shape) for tensor in others.values()])
         y.square().sum().backward()
         results.append([y, *(p.grad for p in model.stem.parameters()), *model.stem.buffers()])
-    assert kept[0] >= 3
-    assert kept[1] == 0
+    widths = [16, 16, 32] if stem == "involution" else [32]
+    assert kept[1] == [(2, width, 17, 32) for width in widths]
+    assert len(kept[0]) >= 2 * len(widths)
     assert all(map(torch.equal, *results))
     assert model.stem.bn1.num_batches_tracked == 1
     assert model.stem.bn1.momentum == 0.1
@@ -357,12 +358,70 @@ def test_blocks_run_again_count_a_batch_once() -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_hooks_on_the_stem_see_it_in_training() -> None:
+@pytest.mark.parametrize("name", ["stem", "stem.bn2"])
+def test_hooks_on_the_stem_see_it_once_in_training(name: str) -> None:
+    model, seen = slim().train(), []
+    model.get_submodule(name).register_forward_hook(lambda _, __, y: seen.append(y.shape[2:]))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert seen == [(16, 16)]
+
+
+def test_backward_twice() -> None:
+    """What is run again can be so as often as one likes, and derived again."""
+    x, model = torch.randn(2, 3, 32, 32), slim().train()
+    model.set_grad_checkpointing()
+    y = model(x).square().mean()
+    weight = model.stem.conv1.weight
+    first, second = (torch.autograd.grad(y, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (third,) = torch.autograd.grad(y, weight, create_graph=True)
+    (again,) = torch.autograd.grad(third.square().sum(), weight)
+    assert again.abs().max() > 0
+    assert model.stem.bn1.num_batches_tracked == 1
+
+
+_CHANGES: dict[str, Callable[[RedNet], None]] = {
+    "no pool": lambda model: setattr(model, "maxpool", nn.Identity()),
+    "another pool": lambda model: setattr(model, "maxpool", nn.AvgPool2d(2)),
+    "another stem": lambda model: setattr(model, "stem", _Wrapped(model.stem)),
+    "compiled stem": lambda model: model.stem.compile(backend="eager"),
+    "norms folded": lambda model: reparameterize_model(model.eval(), inplace=True),
+    "synchronised norms": lambda model: setattr(model, "stem", nn.SyncBatchNorm.convert_sync_batchnorm(model.stem)),
+    "group norms": lambda model: setattr(model.stem, "bn2", nn.GroupNorm(4, 16)),
+    "running average over all batches": lambda model: setattr(model.stem.bn1, "momentum", None),
+    "frozen": lambda model: model.stem.requires_grad_(False),
+}
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("change", _CHANGES.values(), ids=_CHANGES)
+def test_networks_that_were_changed_train_alike(change: Callable[[RedNet], None]) -> None:
+    x, results = torch.randn(2, 3, 33, 32), []
+    for again in (False, True):
+        model = slim(recompute_stem=again)
+        change(model)
+        model.train()
+        y = model._pooled_stem(x)
+        (y * torch.linspace(0, 1, y.numel()).view(y.shape)).sum().requires_grad_().backward()
+        results.append([y, *(p.grad for p in model.stem.parameters() if p.requires_grad), *model.stem.buffers()])
+    assert all(map(torch.equal, *results))
+
+
+def test_transforms_and_traces_of_training() -> None:
+    """They cannot run layers again, and are not asked to."""
     x, seen = torch.randn(2, 3, 32, 32), []
-    model = slim().train()
-    model.stem.register_forward_hook(lambda _, __, y: seen.append(y.shape))
-    model(x).sum().backward()
-    assert [tuple(shape) for shape in seen] == [(2, 32, 16, 16)]
+    torch.func.grad(lambda x: seen.append(recomputes(x)) or x.sum())(x)
+    assert seen == [False]
+    assert recomputes(x)
+    assert make_fx(slim().train())(x).graph.nodes
 
 
 def test_training_compiles_to_one_graph() -> None:

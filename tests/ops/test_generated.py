@@ -252,6 +252,10 @@ _BAD = {
     ),
     "batch": ({"features": torch.randn(3, 5, 9, 9)}, "`features` has batch size 3, `x` has 2; they must be equal"),
     "rank": ({"weight": torch.randn(18, 5, 1, 1)}, r"must have 4, 2 and 1 dimensions .*got shapes \(2, 5, 9, 9\)"),
+    "no feature": (
+        {"features": torch.randn(2, 0, 9, 9), "weight": torch.randn(18, 0)},
+        r"`features` must have at least one channel; got shape \(2, 0, 9, 9\)",
+    ),
     "reduced": ({"weight": torch.randn(18, 4)}, r"`weight` must have shape \(G \* 9, 5\).*got \(18, 4\) and \(18,\)"),
     "taps": (
         {"weight": torch.randn(17, 5), "bias": torch.randn(17)},

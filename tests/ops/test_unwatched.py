@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from involution.ops import functional, library
@@ -65,6 +66,24 @@ def test_modes_see_every_call(direct: list[object]) -> None:
     with _Log() as log:
         _call()
     assert library.forward in log.seen
+    assert not direct
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **kwargs or {})
+
+
+def test_modes_of_functions_see_every_call(direct: list[object]) -> None:
+    _call()
+    with _Functions() as functions:
+        _call()
+    assert library.forward in functions.seen
     assert not direct
 
 

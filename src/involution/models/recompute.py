@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 
 def recomputes(x: Tensor) -> bool:
-    """Whether a backward pass may come to save memory for. Compilers decide for themselves what to run again."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+    """Whether a backward pass may come to save memory for, and torch's checkpointing works here.
+
+    Compilers decide for themselves what to run again; traces and transforms of torch.func do without.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # missing in torch's stubs
+        and _get_current_dispatch_mode() is None
+    )
 
 
-def recomputed(layers: nn.Module | Callable[[Tensor], Tensor], x: Tensor, norms: list[_BatchNorm]) -> Tensor:
+def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
     """layers(x), of which only `x` is kept; the backward pass runs the layers again.
 
-    The same numbers to the last bit. Batch norms among the layers take account of a batch once, as without; torch's and
-    timm's checkpointing lets them do so twice.
-
-    Args:
-        layers: what to run; nothing in it draws random numbers.
-        x: its input.
-        norms: the batch norms among the layers.
+    The same numbers to the last bit, as long as weights, and whether the layers train, stay what they are until the
+    backward pass. Batch norms take account of a batch once, as without; torch's and timm's checkpointing lets them do
+    so twice.
     """
-    y: Tensor = checkpoint(
-        layers,
-        x,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), _without_running_statistics(norms)),
-    )
+    norms = [module for module in layers.modules() if isinstance(module, _BatchNorm)]
+    y: Tensor = checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _Uncounted(norms)))
     return y
 
 
-@contextmanager
-def _without_running_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Leave the running statistics of norms in training as they are; still hand them over, since torch keeps them."""
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+class _Uncounted:
+    """Within it, batch norms in training leave their running statistics alone, but hand them over: torch keeps them.
+
+    It is entered as often as there are backward passes.
+    """
+
+    def __init__(self, norms: list[_BatchNorm]) -> None:
+        self._norms = norms
+
+    def __enter__(self) -> None:
+        self._before = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        for norm in self._norms:
+            count = norm.num_batches_tracked
+            norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
+
+    def __exit__(self, *_: object) -> None:
+        for norm, (momentum, count) in zip(self._norms, self._before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count

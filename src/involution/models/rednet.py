@@ -288,15 +288,15 @@ class RedNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _pooled_stem(self, x: Tensor) -> Tensor:
-        stem = self.stem
-        watched = stem._forward_hooks or stem._forward_pre_hooks or stem._backward_hooks or stem._backward_pre_hooks
-        if not (self.recompute_stem and self.training and recomputes(x)) or watched:
-            return self.maxpool(stem(x))
+        if not (self.recompute_stem and self.training and recomputes(x)) or not _is_plain(self.stem):
+            return self.maxpool(self.stem(x))
         layers: list[nn.Module] = []
-        for layer in (*stem, self.maxpool):
+        for layer in (*self.stem, self.maxpool):
             layers.append(layer)
-            if isinstance(layer, (nn.Conv2d, Involution2d, nn.MaxPool2d)):
-                x = _run_again(nn.Sequential(*layers), x) if len(layers) > 1 else layer(x)
+            if layer is self.maxpool or isinstance(layer, (nn.Conv2d, Involution2d)):
+                run = nn.Sequential(*layers)
+                # what does not begin with a norm would change its input in place, which is kept
+                x = recomputed(run, x) if isinstance(layers[0], _BatchNorm) else run(x)
                 layers = []
         return x
 
@@ -306,7 +306,7 @@ class RedNet(nn.Module):
         if not recomputes(x):
             return checkpoint_seq(stage, x)  # compilers know timm's
         for block in stage.children():
-            x = _run_again(block, x)
+            x = recomputed(block, x)
         return x
 
 
@@ -407,8 +407,14 @@ def _convolution_stem(in_chans: int, width: int) -> ConvNorms:
     return ConvNorms(OrderedDict(layers))
 
 
-def _run_again(layers: nn.Module, x: Tensor) -> Tensor:
-    return recomputed(layers, x, [module for module in layers.modules() if isinstance(module, _BatchNorm)])
+def _is_plain(stem: nn.Module) -> bool:
+    """Whether the stem is the one made here, not wrapped, compiled or watched: then its layers may be called singly."""
+    return (
+        type(stem) is ConvNorms
+        and stem._compiled_call_impl is None
+        and not any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in stem.modules())
+        and not any(m._forward_pre_hooks for m in stem.modules() if m is not stem.conv1)  # which has `_check_images`
+    )
 
 
 def _initialise(module: nn.Module) -> None:

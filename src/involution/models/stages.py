@@ -18,7 +18,10 @@ from involution.replace import replace_convs
 Layer = Literal["convolution", "involution"]
 
 # What a RedNet understands and its mirror, which has no involutions, does not.
-_INVOLUTION_OPTIONS = {"stem", "stem_kernel", "kernel_size", "groups", "group_channels", "reduction", "generator"}
+_INVOLUTION_OPTIONS = {  # of a RedNet, without meaning for a ResNet
+    *("stem", "stem_kernel", "recompute_stem"),
+    *("kernel_size", "groups", "group_channels", "reduction", "generator", "fused"),
+}
 _PRETRAINED = {"pretrained", "pretrained_cfg_overlay", "checkpoint_path"}
 _REDNET_OPTIONS = inspect.signature(RedNet).parameters.keys() - {"layers"} | _PRETRAINED
 _STAGES = (1, 2, 3, 4)  # of `feature_info`, where 0 is the stem

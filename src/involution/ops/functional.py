@@ -140,6 +140,8 @@ def generated_involution(
             f"`features`, `weight` and `bias` must have {x.dim()}, 2 and 1 dimensions for `x` of shape "
             f"{tuple(x.shape)}; got shapes {tuple(features.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
+    if features.shape[1] == 0:
+        raise ValueError(f"`features` must have at least one channel; got shape {tuple(features.shape)}.")
     if weight.shape[1] != features.shape[1] or weight.shape[0] != bias.shape[0] or weight.shape[0] % taps:
         raise ValueError(
             f"`weight` must have shape (G * {taps}, {features.shape[1]}) and `bias` (G * {taps},) for kernel size "

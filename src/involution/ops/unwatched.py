@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _dispatch_keys as _tensor_keys
 from torch._C import _dispatch_tls_local_include_set as _mode_keys
+from torch._C import _len_torch_function_stack as _function_modes
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
@@ -34,7 +35,7 @@ def unwatched(tensors: tuple[Tensor, ...]) -> bool:
     """
     if torch.compiler.is_compiling() or _profiler_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if _mode_keys().raw_repr() not in _ALONE or forward_ad._current_level >= 0:
+    if _mode_keys().raw_repr() not in _ALONE or _function_modes() or forward_ad._current_level >= 0:
         return False
     graph = torch.is_grad_enabled()
     for t in tensors:
