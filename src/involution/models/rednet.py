@@ -99,7 +99,7 @@ class RedNet(nn.Module):
             `Involution2d`.
         fused: let the involutions generate their kernels part by part where they are used; see `Involution2d`.
         recompute_stem: in training, run the stem's norms, activations and pool again in the backward pass instead of
-            keeping what they give: less memory for hardly more time.
+            keeping what they give: less memory for hardly more time. Compilers choose for themselves what to keep.
         zero_init_last: start every block as its shortcut, by a last norm of zero.
 
     `groups`, `group_channels` and `reduction` leave the stem alone, as the paper's ablations do.

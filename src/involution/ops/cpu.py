@@ -17,7 +17,8 @@ Ints = Sequence[int]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("10P")  # together `struct Problem` of csrc/problem.h
 _PADDED = 16  # rows of partial sums are whole vectors of any width
-# Lots of partial sums: enough for the threads of a large machine, less where they take much memory, whoever calls.
+# Lots of partial sums: enough for the threads of a large machine, less where they take much memory. How many never
+# depends on the threads there are, so neither do the bits.
 _LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
 
