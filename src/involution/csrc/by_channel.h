@@ -21,7 +21,7 @@ inline void for_rows_and_groups(Range rows, Range groups, const Body& body) {
 
 // What forward and grad_x have in common: lanes are channels. `x_rows`, `x_columns` and `y_columns` are the most that the
 // packed rows of a task can have.
-template <bool FORWARD, class Real, int LANES, class Element>
+template <bool FORWARD, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
   const Index chunks, x_depths, x_columns, y_columns, x_row, x_depth, x_chunk, x_groups;
@@ -32,27 +32,28 @@ struct ByChannel : Alone {
   const Row<Real> row;
 
   static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
+  static constexpr bool IN_PAIRS = sizeof(Real) == 4;  // whether WIDTH may be two vectors
 
   ByChannel(const Problem& problem, Index groups, Index x_rows, Index columns, Index y_rows, Index outputs)
       : p(problem),
-        chunks(ceil_div(p.channels, LANES)),
+        chunks(ceil_div(p.channels, WIDTH)),
         x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
         y_columns(outputs),
-        x_row(times(x_columns, LANES)),
+        x_row(times(x_columns, WIDTH)),
         x_depth(times(x_row, x_rows)),
         x_chunk(times(x_depth, x_depths)),
         x_groups(groups),
-        y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % LANES == 0),
+        y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % WIDTH == 0),
         generates_taps(p.weight != nullptr),
         copies_taps(!generates_taps && !taps_in_place<Real, Element>(p)),
-        y_chunk(y_in_place ? LANES : y_columns * LANES),
+        y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
-        row(choose_row<FORWARD, Real, LANES>(at, !generates_taps && taps_innermost(p))) {}
+        row(choose_row<FORWARD, Real, WIDTH>(at, !generates_taps && taps_innermost(p))) {}
 
   Layout layout() const {
-    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : LANES,
+    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : WIDTH,
                      p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], 0};
     if (copies_taps) {
       result.tap_column = taps_innermost(p) ? 1 : y_columns;
@@ -75,7 +76,7 @@ struct ByChannel : Alone {
   Scratch scratch(Arena& arena) const {
     const Index taps = taps_of(p);
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
-            arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, LANES)),
+            arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, WIDTH)),
             arena.take<Real>(generates_taps ? times(pixels, taps) : copies_taps ? times(y_columns, taps) : 0),
             arena.take<Real>(generates_taps ? times(pixels, p.reduced) : 0)};
   }
@@ -83,7 +84,7 @@ struct ByChannel : Alone {
   // Calls body(first group, channels) for runs of channels that fill whole vectors: all groups at once, or each alone.
   template <class Body>
   void for_each_run(Range groups, const Body& body) const {
-    if (p.channels % LANES == 0) return body(groups.from, groups.size() * p.channels);
+    if (p.channels % WIDTH == 0) return body(groups.from, groups.size() * p.channels);
     for (Index group = groups.from; group < groups.to; ++group) body(group, p.channels);
   }
 
@@ -102,7 +103,7 @@ struct ByChannel : Alone {
     const bool one_run = p.features_stride[3] == columns.size() * p.features_stride[4];  // rows follow one another like columns
     const Index runs = one_run ? 1 : rows.size(), length = used / most(1, runs);
     for (Index run = 0; run < runs; ++run)
-      pack_planes<WIDEST>(to + run * length, pixels,
+      pack_planes(to + run * length, pixels,
                           row_of(p.features, p.features_stride, batch, 0, depth, rows.from + run) + columns.from * p.features_stride[4],
                           p.features_stride[1], p.features_stride[4], length, p.reduced);
     for (Index channel = 0; channel < p.reduced; ++channel)
@@ -134,17 +135,17 @@ struct ByChannel : Alone {
     Real* values = s.y;
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
     if (!FORWARD && !y_in_place)
-      pack_columns<Real, LANES>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, outputs.size()}, outputs.size(), p.channels);
+      pack_columns<Real, WIDTH>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, outputs.size()}, outputs.size(), p.channels);
     for (Index chunk = 0; chunk < chunks; ++chunk)
       row(values + chunk * y_chunk, x + chunk * x_chunk, taps, outputs.size(), depths.size(), rows.size(), at, coming);
     if (FORWARD && !y_in_place)
-      unpack_columns<Real, LANES>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, outputs.size(), p.channels);
+      unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, outputs.size(), p.channels);
   }
 };
 
-template <class Real, int LANES, class Element>
-struct Forward : ByChannel<true, Real, LANES, Element> {
-  using Base = ByChannel<true, Real, LANES, Element>;
+template <class Real, int WIDTH, class Element>
+struct Forward : ByChannel<true, Real, WIDTH, Element> {
+  using Base = ByChannel<true, Real, WIDTH, Element>;
   using Base::p;
 
   Forward(const Problem& p, const Tasks& all)
@@ -163,7 +164,7 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
     for (Index depth = depths.from; depth < depths.to; ++depth)
       for (Index row = most(0, -first_row); row < least(rows, p.input[1] - first_row); ++row)
         this->for_each_run(task.groups, [&](Index group, Index channels) {
-          pack_columns<Real, LANES>(packed(group) + depth * this->x_depth + row * this->x_row, this->x_chunk,
+          pack_columns<Real, WIDTH>(packed(group) + depth * this->x_depth + row * this->x_row, this->x_chunk,
                                     Base::row_of(p.x, p.x_stride, task.batch, group * p.channels,
                                                  first_depth + depth * p.dilation[0], first_row + row),
                                     p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], channels);
@@ -194,9 +195,9 @@ struct Forward : ByChannel<true, Real, LANES, Element> {
 };
 
 // Each block of x gathers what all outputs that read it scatter into it; here `y` is the output's gradient, which is read.
-template <class Real, int LANES, class Element>
-struct GradX : ByChannel<false, Real, LANES, Element> {
-  using Base = ByChannel<false, Real, LANES, Element>;
+template <class Real, int WIDTH, class Element>
+struct GradX : ByChannel<false, Real, WIDTH, Element> {
+  using Base = ByChannel<false, Real, WIDTH, Element>;
   using Base::p;
 
   GradX(const Problem& p, const Tasks& all)
@@ -228,7 +229,7 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
         const Range lines = this->taps_inside(1, position, task.rows.size());
         if (lines.size() == 0) return;
         run_lines(lines, Base::row_of(p.y, p.y_stride, task.batch, group * p.channels, depth, out) + outputs.from * p.y_stride[4],
-                  packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * LANES);
+                  packed(group) + (position + lines.from * p.dilation[1]) * this->x_row + first_column * WIDTH);
       };
       if (!this->generates_taps) {
         for_rows_and_groups(outs, task.groups, [&](Index out, Index group) {
@@ -249,9 +250,9 @@ struct GradX : ByChannel<false, Real, LANES, Element> {
     }
     for (Index row = 0; row < task.rows.size(); ++row)
       this->for_each_run(task.groups, [&](Index group, Index channels) {
-        unpack_columns<Real, LANES>(Base::row_of(p.x, p.x_stride, task.batch, group * p.channels, task.depth, task.rows.from + row) +
+        unpack_columns<Real, WIDTH>(Base::row_of(p.x, p.x_stride, task.batch, group * p.channels, task.depth, task.rows.from + row) +
                                         task.columns.from * p.x_stride[4],
-                                    p.x_stride[1], p.x_stride[4], packed(group) + row * this->x_row + reach * LANES, this->x_chunk,
+                                    p.x_stride[1], p.x_stride[4], packed(group) + row * this->x_row + reach * WIDTH, this->x_chunk,
                                     task.columns.size(), channels);
       });
   }

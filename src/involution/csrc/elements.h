@@ -97,6 +97,12 @@ struct Vector {
   typedef Real type __attribute__((vector_size(sizeof(Real) * LANES), aligned(sizeof(Real)), may_alias));
 };
 
+// Of the vectors in which `width` elements lie: the widest registers, or one that they just fill.
+template <class Real>
+constexpr int lanes_of(int width) {
+  return width * int(sizeof(Real)) < VECTOR_BYTES ? width : VECTOR_BYTES / int(sizeof(Real));
+}
+
 // At any address. clang forgets in a template that the type asks for no alignment, and would move it as if it were aligned;
 // g++ does not, and makes somewhat slower code of a copy.
 template <class V, class Real>
@@ -122,6 +128,10 @@ inline void store(Real* to, V value) {
 
 template <int LANES, class To, class From>
 inline void copy_lanes(To* to, const From* from) {
+  if constexpr (LANES * (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From)) > VECTOR_BYTES) {
+    copy_lanes<LANES / 2>(to, from);
+    return copy_lanes<LANES / 2>(to + LANES / 2, from + LANES / 2);
+  }
 #if defined(__F16C__)  // compilers do not make vectors of these conversions by themselves
   if constexpr (std::is_same_v<To, float> && std::is_same_v<From, Float16> && LANES % 8 == 0) {
     for (int lane = 0; lane < LANES; lane += 8)

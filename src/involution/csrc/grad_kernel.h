@@ -17,6 +17,7 @@ template <class Real, int LANES, class Element>
 struct GradKernel {
   using V = typename Vector<Real, LANES>::type;
   static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
+  static constexpr bool IN_PAIRS = false;
   const Problem& p;
   const bool generated;
   const Index groups, columns, x_rows, x_columns, x_phase, x_channel;  // the most that a task can have
@@ -78,7 +79,7 @@ struct GradKernel {
     std::memset(to, 0, sizeof(Real) * p.channels * wanted);
     const Element* source = from + first * column_step;
     if (stride == 1)
-      return pack_planes<LANES>(to + inside.from, wanted, source + inside.from * column_step, channel_step, column_step,
+      return pack_planes(to + inside.from, wanted, source + inside.from * column_step, channel_step, column_step,
                                 inside.size(), p.channels);
     for (Index channel = 0; channel < p.channels; ++channel)
       for (Index column = inside.from; column < inside.to; ++column)
@@ -184,7 +185,7 @@ struct GradKernel {
         std::memset(target + p.reduced, 0, sizeof(Real) * (features_row - p.reduced));
       }
       if (p.features_stride[1] != 1 && p.features_stride[4] == 1)
-        transpose<LANES>(to, features_row, from, p.features_stride[1], p.reduced, task.columns.size());
+        transpose(to, features_row, from, p.features_stride[1], p.reduced, task.columns.size());
     }
   }
 
@@ -209,7 +210,7 @@ struct GradKernel {
     Element* to = static_cast<Element*>(p.grad_features) + task.batch * step[0] + task.depth * step[2] +
                   (task.rows.from + row) * step[3] + task.columns.from * step[4];
     const Real* from = s.grad_features + row * width;
-    if (step[1] == 1) return transpose<LANES>(to, step[4], from, tap_step, p.reduced, width);
+    if (step[1] == 1) return transpose(to, step[4], from, tap_step, p.reduced, width);
     for (Index r = 0; r < p.reduced; ++r)
       for (Index column = 0; column < width; ++column) narrow(from[r * tap_step + column], to[r * step[1] + column * step[4]]);
   }
@@ -248,7 +249,7 @@ struct GradKernel {
                       out * step[6] + task.columns.from * step[7];
     const Index taps = taps_of(p);
     if (taps_in_one_run(p)) {
-      transpose<LANES>(target, step[7], s.taps, tap_step, taps, count);
+      transpose(target, step[7], s.taps, tap_step, taps, count);
       return;
     }
     for (Index tap = 0; tap < taps; ++tap) {

@@ -17,12 +17,14 @@
 
 namespace {
 
-// The widest registers, unless a group (or a row) fits into narrower ones.
+// The widest registers, unless a group (or a row) fits into narrower ones; pairs of them where it fills pairs.
 template <template <class, int, class> class Op, class Real, class Element>
 int run_lanes(const Problem& p, Index wanted, const Index* size) {
   constexpr int MOST = VECTOR_BYTES / int(sizeof(Real));
   if (MOST >= 16 && wanted <= 4) return run_tasks<Op<Real, MOST >= 16 ? MOST / 4 : MOST, Element>>(p, size);
   if (MOST >= 8 && wanted <= MOST / 2) return run_tasks<Op<Real, MOST >= 8 ? MOST / 2 : MOST, Element>>(p, size);
+  if constexpr (Op<Real, MOST, Element>::IN_PAIRS)
+    if (ceil_div(wanted, MOST) % 2 == 0) return run_tasks<Op<Real, 2 * MOST, Element>>(p, size);
   return run_tasks<Op<Real, MOST, Element>>(p, size);
 }
 

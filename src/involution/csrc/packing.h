@@ -50,9 +50,10 @@ void transpose_blocks(To* to, Index to_step, const From* from, Index from_step, 
   }
 }
 
-// to[j * to_step + i] = from[i * from_step + j]. LANES: of the widest register to use.
-template <int LANES, class To, class From>
+// to[j * to_step + i] = from[i * from_step + j].
+template <class To, class From>
 void transpose(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
+  constexpr int LANES = VECTOR_BYTES / int(sizeof(widen(*from)));
   const Index smaller = least(i_size, j_size);
   if constexpr (LANES >= 16) {
     if (smaller >= 16) return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
@@ -65,69 +66,69 @@ void transpose(To* to, Index to_step, const From* from, Index from_step, Index i
     for (Index j = 0; j < j_size; ++j) copy_lanes<1>(to + j * to_step + i, from + i * from_step + j);
 }
 
-// Channels at columns `wanted` of one row -> [chunk][column][LANES], zero outside the image and beyond the last channel.
-template <class Real, int LANES, class Element>
+// Channels at columns `wanted` of one row -> [chunk][column][WIDTH], zero outside the image and beyond the last channel.
+template <class Real, int WIDTH, class Element>
 void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel_step, Index column_step, Range wanted,
                   Index width, Index channels) {
   const Range inside = {least(most(wanted.from, 0), wanted.to), most(least(wanted.to, width), wanted.from)};
-  const Index whole = channels / LANES, chunks = ceil_div(channels, LANES);
+  const Index whole = channels / WIDTH, chunks = ceil_div(channels, WIDTH);
   for (Index chunk = 0; chunk < chunks; ++chunk) {
     Real* row = to + chunk * chunk_step;
     const Index before = chunk < whole ? inside.from - wanted.from : wanted.size();
-    std::memset(row, 0, sizeof(Real) * LANES * before);
-    std::memset(row + (inside.to - wanted.from) * LANES, 0, sizeof(Real) * LANES * (wanted.to - inside.to));
+    std::memset(row, 0, sizeof(Real) * WIDTH * before);
+    std::memset(row + (inside.to - wanted.from) * WIDTH, 0, sizeof(Real) * WIDTH * (wanted.to - inside.to));
   }
-  to -= wanted.from * LANES;
+  to -= wanted.from * WIDTH;
   const bool by_column = channel_step == 1;
   if (by_column) {  // in the order of memory
     for (Index column = inside.from; column < inside.to; ++column)
       for (Index chunk = 0; chunk < whole; ++chunk)
-        copy_lanes<LANES>(to + chunk * chunk_step + column * LANES, from + column * column_step + chunk * LANES);
+        copy_lanes<WIDTH>(to + chunk * chunk_step + column * WIDTH, from + column * column_step + chunk * WIDTH);
   }
   for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
-    const Element* source = from + chunk * LANES * channel_step;
+    const Element* source = from + chunk * WIDTH * channel_step;
     Real* target = to + chunk * chunk_step;
-    const Index lanes = least(LANES, channels - chunk * LANES);
+    const Index lanes = least(WIDTH, channels - chunk * WIDTH);
     if (column_step == 1) {
-      transpose<LANES>(target + inside.from * LANES, LANES, source + inside.from, channel_step, lanes, inside.size());
+      transpose(target + inside.from * WIDTH, WIDTH, source + inside.from, channel_step, lanes, inside.size());
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = inside.from; column < inside.to; ++column)
-          target[column * LANES + lane] = widen(source[column * column_step + lane * channel_step]);
+          target[column * WIDTH + lane] = widen(source[column * column_step + lane * channel_step]);
     }
   }
 }
 
 // The reverse, for columns that all lie inside.
-template <class Real, int LANES, class Element>
+template <class Real, int WIDTH, class Element>
 void unpack_columns(Element* to, Index channel_step, Index column_step, const Real* from, Index chunk_step, Index columns,
                     Index channels) {
-  const Index whole = channels / LANES, chunks = ceil_div(channels, LANES);
+  const Index whole = channels / WIDTH, chunks = ceil_div(channels, WIDTH);
   const bool by_column = channel_step == 1;
   if (by_column) {
     for (Index column = 0; column < columns; ++column)
       for (Index chunk = 0; chunk < whole; ++chunk)
-        copy_lanes<LANES>(to + column * column_step + chunk * LANES, from + chunk * chunk_step + column * LANES);
+        copy_lanes<WIDTH>(to + column * column_step + chunk * WIDTH, from + chunk * chunk_step + column * WIDTH);
   }
   for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
     const Real* source = from + chunk * chunk_step;
-    Element* target = to + chunk * LANES * channel_step;
-    const Index lanes = least(LANES, channels - chunk * LANES);
+    Element* target = to + chunk * WIDTH * channel_step;
+    const Index lanes = least(WIDTH, channels - chunk * WIDTH);
     if (column_step == 1) {
-      transpose<LANES>(target, channel_step, source, LANES, columns, lanes);
+      transpose(target, channel_step, source, WIDTH, columns, lanes);
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = 0; column < columns; ++column)
-          narrow(source[column * LANES + lane], target[column * column_step + lane * channel_step]);
+          narrow(source[column * WIDTH + lane], target[column * column_step + lane * channel_step]);
     }
   }
 }
 
 // Channels at all columns of one row -> [channel][to_step].
-template <int LANES, class Real, class Element>
+template <class Real, class Element>
 void pack_planes(Real* to, Index to_step, const Element* from, Index channel_step, Index column_step, Index columns,
                  Index channels) {
-  if (channel_step == 1) return transpose<LANES>(to, to_step, from, column_step, columns, channels);
+  if (channel_step == 1) return transpose(to, to_step, from, column_step, columns, channels);
   for (Index channel = 0; channel < channels; ++channel) {
     Real* target = to + channel * to_step;
     const Element* row = from + channel * channel_step;

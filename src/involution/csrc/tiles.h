@@ -69,78 +69,93 @@ struct TileTaps {
   Real operator()(int column, int tap) const { return TAPS_INNERMOST ? at[column][tap] : at[tap][column]; }
 };
 
-// COLUMNS outputs of a row: the sums over all lines of the window stay in registers. K, S = 0: known at run time only.
-template <class Real, int LANES, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+// COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
+// once serves all vectors of the channels. K, S = 0: known at run time only.
+template <class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
 inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
+  constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
-  V sums[COLUMNS] = {};
+  V sums[COLUMNS][VECTORS] = {};
   for_each_line(x, taps, depths, rows, at, [&](const Real* line, const Real* first) {
     if constexpr (K > 0) {
       const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
-        const V value = load<V>(line + position * LANES);
+        V values[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) values[v] = load<V>(line + position * WIDTH + v * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
-          if (t >= 0 && t < K) sums[column] += tap(column, t) * value;
+          if (t < 0 || t >= K) continue;
+          const Real factor = tap(column, t);
+          for (int v = 0; v < VECTORS; ++v) sums[column][v] += factor * values[v];
         }
       }
     } else {
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
-        for (int column = 0; column < COLUMNS; ++column)
-          sums[column] += first[column * at.tap_output + t * at.tap_column] *
-                          load<V>(line + (column * at.stride + t * at.dilation) * LANES);
+        for (int column = 0; column < COLUMNS; ++column) {
+          const Real factor = first[column * at.tap_output + t * at.tap_column];
+          const Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
+          for (int v = 0; v < VECTORS; ++v) sums[column][v] += factor * load<V>(position + v * LANES);
+        }
     }
   });
 #pragma GCC unroll 8
-  for (int column = 0; column < COLUMNS; ++column) store<V>(y + column * at.y_column, sums[column]);
+  for (int column = 0; column < COLUMNS; ++column)
+    for (int v = 0; v < VECTORS; ++v) store<V>(y + column * at.y_column + v * LANES, sums[column][v]);
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <class Real, int LANES, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+template <class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
 inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
+  constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
-  V grads[COLUMNS];
+  V grads[COLUMNS][VECTORS];
 #pragma GCC unroll 8
-  for (int column = 0; column < COLUMNS; ++column) grads[column] = load<V>(y + column * at.y_column);
+  for (int column = 0; column < COLUMNS; ++column)
+    for (int v = 0; v < VECTORS; ++v) grads[column][v] = load<V>(y + column * at.y_column + v * LANES);
   for_each_line(x, taps, depths, rows, at, [&](Real* line, const Real* first) {
     if constexpr (K > 0) {
       const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
-        V sum = load<V>(line + position * LANES);
+        V sums[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) sums[v] = load<V>(line + position * WIDTH + v * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
-          if (t >= 0 && t < K) sum += tap(column, t) * grads[column];
+          if (t < 0 || t >= K) continue;
+          const Real factor = tap(column, t);
+          for (int v = 0; v < VECTORS; ++v) sums[v] += factor * grads[column][v];
         }
-        store<V>(line + position * LANES, sum);
+        for (int v = 0; v < VECTORS; ++v) store<V>(line + position * WIDTH + v * LANES, sums[v]);
       }
     } else {
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          Real* position = line + (column * at.stride + t * at.dilation) * LANES;
-          store<V>(position, load<V>(position) + first[column * at.tap_output + t * at.tap_column] * grads[column]);
+          const Real factor = first[column * at.tap_output + t * at.tap_column];
+          Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
+          for (int v = 0; v < VECTORS; ++v)
+            store<V>(position + v * LANES, load<V>(position + v * LANES) + factor * grads[column][v]);
         }
     }
   });
 }
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
-template <bool FORWARD, class Real, int LANES, int K, int S, bool TAPS_INNERMOST>
+template <bool FORWARD, class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST>
 void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
   Index column = 0;
   const auto run = [&](auto width) {
-    constexpr auto tile = FORWARD ? gather_tile<Real, LANES, K, S, TAPS_INNERMOST, width>
-                                  : scatter_tile<Real, LANES, K, S, TAPS_INNERMOST, width>;
+    constexpr auto tile = FORWARD ? gather_tile<Real, WIDTH, K, S, TAPS_INNERMOST, width>
+                                  : scatter_tile<Real, WIDTH, K, S, TAPS_INNERMOST, width>;
     for (; column + width <= columns; column += width) {
       for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
-      tile(y + column * at.y_column, x + column * at.stride * LANES, taps + column * at.tap_output, depths, rows, at);
+      tile(y + column * at.y_column, x + column * at.stride * WIDTH, taps + column * at.tap_output, depths, rows, at);
     }
   };
   run(std::integral_constant<int, 7>{});
@@ -152,9 +167,9 @@ template <class Real>
 using Row = void (*)(Real*, Real*, const Real*, Index, Index, Index, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
-template <bool FORWARD, class Real, int LANES>
+template <bool FORWARD, class Real, int WIDTH>
 Row<Real> choose_row(const Layout& at, bool innermost) {
-#define VARIANT(K, S) (innermost ? row_of_tiles<FORWARD, Real, LANES, K, S, true> : row_of_tiles<FORWARD, Real, LANES, K, S, false>)
+#define VARIANT(K, S) (innermost ? row_of_tiles<FORWARD, Real, WIDTH, K, S, true> : row_of_tiles<FORWARD, Real, WIDTH, K, S, false>)
   if constexpr (sizeof(Real) == 4) {
     if (at.dilation == 1 && at.stride == 1) {
       if (at.taps == 3) return VARIANT(3, 1);
