@@ -13,7 +13,8 @@
 namespace {
 
 constexpr Index COLUMNS_PER_TASK = 512;
-constexpr Index KERNEL_BYTES_PER_TASK = 320 << 10;  // the taps of a task's rows stay in the second-level cache between groups
+constexpr Index TASKS_PER_THREAD = 8;               // wanted, so that no thread waits long for the others
+constexpr Index LEAST_ROWS_PER_TASK = 7;            // whose windows overlap with those of other tasks
 constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated, so do those of one group
 [[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
 
@@ -22,10 +23,10 @@ struct Tasks {
   Index depths, rows, columns, groups;                      // extents
   Index row_blocks, column_blocks, group_blocks, count;     // how many
   Tasks(const Problem& p, const Index* size, Index threads) : depths(size[0]), rows(size[1]), columns(size[2]), groups(p.groups) {
-    const Index taps = taps_of(p);
     column_blocks = ceil_div(columns, COLUMNS_PER_TASK);
-    const Index row_bytes = ceil_div(columns, column_blocks) * groups * taps * Index(sizeof(float));
-    const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks) : KERNEL_BYTES_PER_TASK / row_bytes;
+    const Index wanted_blocks = ceil_div(TASKS_PER_THREAD * threads, most(1, p.batch * depths * column_blocks));
+    const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks)
+                                         : most(LEAST_ROWS_PER_TASK, ceil_div(rows, wanted_blocks));
     row_blocks = ceil_div(rows, most(1, least(rows, rows_per_task)));
     // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
     const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 4 : 2) * threads;

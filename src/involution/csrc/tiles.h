@@ -13,7 +13,7 @@ constexpr Index CACHE_LINE = 64;
 // Where the loops find things, the same for all rows of all tasks. Steps are in elements.
 struct Layout {
   Index taps, stride, dilation;                     // of one line of the window, in columns
-  Index x_depth, x_row;                             // from line to line of the window in the packed rows
+  Index x_depth, x_row;                             // from line to line of the window in the packed rows, which are a ring
   Index y_column;                                   // from output to output
   Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
   Index fetched;                                    // bytes of taps to come that each tile prefetches
@@ -25,11 +25,10 @@ bool taps_in_place(const Problem& p) {
   return std::is_same_v<Real, Element> && (p.kernel_stride[4] == 1 || p.kernel[2] == 1 || p.kernel_stride[7] == 1);
 }
 
-// The kernel of one group and output row, outputs `wanted`: a dense copy of the taps at `depths`.
+// The kernel of one group and row of outputs: a dense copy of the taps at `depths`.
 template <class Real, class Element>
-void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, Range depths, Range wanted) {
-  const Index *step = p.kernel_stride + 2, outputs = wanted.size();
-  from += wanted.from * step[5];
+void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, Range depths, Index outputs) {
+  const Index* step = p.kernel_stride + 2;
   if (taps_in_one_run(p)) {
     const Index first = depths.from * at.tap_depth, count = depths.size() * at.tap_depth;
     for (Index output = 0; output < outputs; ++output)
@@ -49,36 +48,45 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
       }
 }
 
-// Calls body(x, taps) for every line of the window that lies inside the image: `depths` x `rows` of them.
+// Calls body(line of x, offset of its taps) for every line of the window that lies inside the image: `depths` x `rows` of them,
+// the first at `x + slot`.
 template <class Real, class Body>
-inline void for_each_line(Real* x, const Real* taps, Index depths, Index rows, const Layout& at, const Body& body) {
-  for (Index depth = 0; depth < depths; ++depth)
-    for (Index row = 0; row < rows; ++row)
-      body(x + depth * at.x_depth + row * at.x_row, taps + depth * at.tap_depth + row * at.tap_row);
+inline void for_each_line(Real* x, Index slot, Index depths, Index rows, const Layout& at, const Body& body) {
+  for (Index depth = 0; depth < depths; ++depth) {
+    Index line = slot;
+    for (Index row = 0; row < rows; ++row) {
+      body(x + depth * at.x_depth + line, depth * at.tap_depth + row * at.tap_row);
+      line += at.x_row;
+      if (line >= at.x_depth) line -= at.x_depth;
+    }
+  }
 }
 
-// The taps of one line for a tile: a pointer for each output (taps innermost) or each tap, so that all offsets are constants.
+// The taps of a tile: a pointer for each output (taps innermost) or each tap, the same for all lines.
 template <class Real, int K, bool TAPS_INNERMOST, int COLUMNS>
 struct TileTaps {
-  const Real* at[TAPS_INNERMOST ? COLUMNS : K];
+  static constexpr int POINTERS = TAPS_INNERMOST ? COLUMNS : K > 0 ? K : 1;
+  const Real* at[POINTERS];
   TileTaps(const Real* first, const Layout& layout) {
 #pragma GCC unroll 16
-    for (int i = 0; i < (TAPS_INNERMOST ? COLUMNS : K); ++i)
+    for (int i = 0; i < POINTERS; ++i)
       at[i] = first + i * (TAPS_INNERMOST ? layout.tap_output : layout.tap_column);
   }
-  Real operator()(int column, int tap) const { return TAPS_INNERMOST ? at[column][tap] : at[tap][column]; }
+  Real operator()(Index line, int column, int tap) const {
+    return TAPS_INNERMOST ? at[column][line + tap] : at[tap][line + column];
+  }
 };
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels. K, S = 0: known at run time only.
 template <class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
+inline void gather_tile(Real* y, Real* x, Index slot, const Real* taps, Index depths, Index rows, const Layout& at) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
-  for_each_line(x, taps, depths, rows, at, [&](const Real* line, const Real* first) {
+  const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(taps, at);
+  for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
     if constexpr (K > 0) {
-      const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
         V values[VECTORS];
@@ -87,7 +95,7 @@ inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index 
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
-          const Real factor = tap(column, t);
+          const Real factor = tap(offset, column, t);
           for (int v = 0; v < VECTORS; ++v) sums[column][v] += factor * values[v];
         }
       }
@@ -95,7 +103,7 @@ inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index 
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const Real factor = first[column * at.tap_output + t * at.tap_column];
+          const Real factor = taps[offset + column * at.tap_output + t * at.tap_column];
           const Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
           for (int v = 0; v < VECTORS; ++v) sums[column][v] += factor * load<V>(position + v * LANES);
         }
@@ -108,16 +116,16 @@ inline void gather_tile(Real* y, Real* x, const Real* taps, Index depths, Index 
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
 template <class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index rows, const Layout& at) {
+inline void scatter_tile(Real* y, Real* x, Index slot, const Real* taps, Index depths, Index rows, const Layout& at) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
 #pragma GCC unroll 8
   for (int column = 0; column < COLUMNS; ++column)
     for (int v = 0; v < VECTORS; ++v) grads[column][v] = load<V>(y + column * at.y_column + v * LANES);
-  for_each_line(x, taps, depths, rows, at, [&](Real* line, const Real* first) {
+  const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(taps, at);
+  for_each_line(x, slot, depths, rows, at, [&](Real* line, Index offset) {
     if constexpr (K > 0) {
-      const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(first, at);
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
         V sums[VECTORS];
@@ -126,7 +134,7 @@ inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
-          const Real factor = tap(column, t);
+          const Real factor = tap(offset, column, t);
           for (int v = 0; v < VECTORS; ++v) sums[v] += factor * grads[column][v];
         }
         for (int v = 0; v < VECTORS; ++v) store<V>(line + position * WIDTH + v * LANES, sums[v]);
@@ -135,7 +143,7 @@ inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const Real factor = first[column * at.tap_output + t * at.tap_column];
+          const Real factor = taps[offset + column * at.tap_output + t * at.tap_column];
           Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
           for (int v = 0; v < VECTORS; ++v)
             store<V>(position + v * LANES, load<V>(position + v * LANES) + factor * grads[column][v]);
@@ -146,7 +154,7 @@ inline void scatter_tile(Real* y, Real* x, const Real* taps, Index depths, Index
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
 template <bool FORWARD, class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST>
-void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depths, Index rows, const Layout& at,
+void row_of_tiles(Real* y, Real* x, Index slot, const Real* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
   Index column = 0;
   const auto run = [&](auto width) {
@@ -155,7 +163,7 @@ void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depth
     for (; column + width <= columns; column += width) {
       for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
-      tile(y + column * at.y_column, x + column * at.stride * WIDTH, taps + column * at.tap_output, depths, rows, at);
+      tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot, taps + column * at.tap_output, depths, rows, at);
     }
   };
   run(std::integral_constant<int, 7>{});
@@ -164,7 +172,7 @@ void row_of_tiles(Real* y, Real* x, const Real* taps, Index columns, Index depth
 }
 
 template <class Real>
-using Row = void (*)(Real*, Real*, const Real*, Index, Index, Index, const Layout&, const char*);
+using Row = void (*)(Real*, Real*, Index, const Real*, Index, Index, Index, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
 template <bool FORWARD, class Real, int WIDTH>
