@@ -105,6 +105,11 @@ CASES = (
     case((2, 70), 3, padding=1, group_channels=16),
     case((2, 131), 3, padding=1),
     case((2, 131), 7, stride=2, padding=3, group_channels=3),
+    # Many rows, of which few are kept at a time; rows that no output reads.
+    case((70, 5), 3, padding=1, group_channels=16),
+    case((41, 4), 2, stride=(3, 1), padding=1, dilation=(2, 1), group_channels=3),
+    case((23, 4), 1, stride=(2, 1), padding=(1, 0)),
+    case((3, 31, 4), (2, 3, 2), padding=(1, 2, 0), dilation=(1, 2, 1)),
     # One and three axes.
     case((1333,), 7, stride=2, padding=3, group_channels=16),
     case((9,), 3, padding=1),
