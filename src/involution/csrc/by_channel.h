@@ -1,7 +1,8 @@
-// Forward and grad_x: lanes are channels of a group.
+// Forward, grad_x and, where the taps of an output lie together, grad_kernel: lanes are channels of a group.
 
 #pragma once
 
+#include "dots.h"
 #include "products.h"
 #include "tasks.h"
 #include "tiles.h"
@@ -12,9 +13,11 @@ namespace {
 // the order of memory, while those of the rows to come are fetched; yet the packed rows of a group serve several outputs.
 constexpr Index ROWS_TOGETHER = 2;
 
-// What forward and grad_x have in common: lanes are channels. `x_rows`, `columns`, `y_rows` and `outputs` are the most that a
+enum Pass { FORWARD, GRAD_X, GRAD_KERNEL };
+
+// What the passes have in common. `rows`, `columns`, `y_rows` and `outputs` are the most that a
 // task can have. Rows of x are packed into a ring, each when the first outputs come to it.
-template <bool FORWARD, class Real, int WIDTH, class Element>
+template <Pass PASS, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
   const bool generates_taps;
@@ -34,7 +37,7 @@ struct ByChannel : Alone {
         generates_taps(p.weight != nullptr),
         together(generates_taps ? most(1, y_rows) : ROWS_TOGETHER),
         chunks(ceil_div(p.channels, WIDTH)),
-        x_depths(FORWARD ? p.kernel[0] : 1),
+        x_depths(PASS == GRAD_X ? 1 : p.kernel[0]),
         x_columns(columns),
         y_columns(outputs),
         x_rows(least(rows, window(p, 1, together))),
@@ -47,7 +50,12 @@ struct ByChannel : Alone {
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
-        row(choose_row<FORWARD, Real, WIDTH>(at, !generates_taps && taps_innermost(p))) {}
+        row(choose()) {}
+
+  Row<Real> choose() const {
+    if constexpr (PASS == GRAD_KERNEL) return choose_row_of_dots<Real, WIDTH>(at);
+    else return choose_row<PASS == FORWARD, Real, WIDTH>(at, !generates_taps && taps_innermost(p));
+  }
 
   // How far along `axis` the inputs of `outputs` outputs reach.
   static Index window(const Problem& p, int axis, Index outputs) {
@@ -57,7 +65,7 @@ struct ByChannel : Alone {
 
   Layout layout() const {
     Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : WIDTH,
-                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], 0};
+                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], chunks, x_chunk, y_chunk, 0};
     if (copies_taps) {
       result.tap_column = taps_innermost(p) ? 1 : y_columns;
       result.tap_row = p.kernel[2] * result.tap_column;
@@ -69,7 +77,7 @@ struct ByChannel : Alone {
       result.tap_column = pixels;
       result.tap_row = times(p.kernel[2], pixels);
       result.tap_depth = times(p.kernel[1], result.tap_row);
-    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / chunks;
+    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / (PASS == GRAD_KERNEL ? 1 : chunks);
     return result;
   }
 
@@ -131,36 +139,51 @@ struct ByChannel : Alone {
     const Index *step = p.kernel_stride, count = outputs.columns.size();
     Element* y = row_of(p.y, p.y_stride, outputs.batch, outputs.group * p.channels, outputs.depth, outputs.row) +
                  outputs.columns.from * p.y_stride[4];
-    const Real* taps = s.taps;
+    Real* taps = s.taps;
     const char* coming = nullptr;  // taps to fetch meanwhile
+    Element* kernel = nullptr;
     if (generates_taps) {
       taps += (outputs.row - outputs.first) * count;
     } else {
-      const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
-                              outputs.row * step[6] + outputs.columns.from * step[7];
-      const Element* kernel = groups + outputs.group * step[1];
+      Element* groups = static_cast<Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
+                        outputs.row * step[6] + outputs.columns.from * step[7];
+      kernel = groups + outputs.group * step[1];
       coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * count * at.fetched;
       if constexpr (std::is_same_v<Real, Element>) taps = copies_taps ? s.taps : kernel;
-      if (copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
+      if (PASS != GRAD_KERNEL && copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
     }
-    taps += depths.from * at.tap_depth + rows.from * at.tap_row;
-    Real* values = s.y;
+    Real *values = s.y, *inside = taps + depths.from * at.tap_depth + rows.from * at.tap_row;
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
-    if (!FORWARD && !y_in_place)
+    if (PASS != FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
-    for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at, coming);
-    if (FORWARD && !y_in_place)
+    for (Index chunk = 0; chunk < (PASS == GRAD_KERNEL ? 1 : chunks); ++chunk)
+      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, inside, count, depths.size(), rows.size(), at, coming);
+    if (PASS == FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
+    if (PASS != GRAD_KERNEL) return;
+    clear_outside(taps, depths, rows, count);
+    for (Index output = 0; copies_taps && output < count; ++output)
+      copy_run(kernel + output * step[7], s.taps + output * at.tap_output, taps_of(p));
+  }
+
+  // Zeros to the gradients of taps on all lines but `depths` x `rows`, which saw nothing but padding.
+  void clear_outside(Real* taps, Range depths, Range rows, Index outputs) const {
+    for (Index depth = 0; depth < p.kernel[0]; ++depth)
+      for (Index row = 0; row < p.kernel[1]; ++row) {
+        if (depths.from <= depth && depth < depths.to && rows.from <= row && row < rows.to) continue;
+        for (Index output = 0; output < outputs; ++output)
+          std::memset(taps + output * at.tap_output + depth * at.tap_depth + row * at.tap_row, 0, sizeof(Real) * p.kernel[2]);
+      }
   }
 };
 
-template <class Real, int WIDTH, class Element>
-struct Forward : ByChannel<true, Real, WIDTH, Element> {
-  using Base = ByChannel<true, Real, WIDTH, Element>;
+// Forward, and the gradient of the kernel: rows of x are read.
+template <Pass PASS, class Real, int WIDTH, class Element>
+struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
+  using Base = ByChannel<PASS, Real, WIDTH, Element>;
   using Base::p;
 
-  Forward(const Problem& p, const Tasks& all)
+  Gather(const Problem& p, const Tasks& all)
       : Base(p, ceil_div(all.groups, all.group_blocks), Base::window(p, 1, ceil_div(all.rows, all.row_blocks)),
              Base::window(p, 2, ceil_div(all.columns, all.column_blocks)), ceil_div(all.rows, all.row_blocks),
              ceil_div(all.columns, all.column_blocks)) {}
@@ -198,10 +221,15 @@ struct Forward : ByChannel<true, Real, WIDTH, Element> {
   }
 };
 
+template <class Real, int WIDTH, class Element>
+using Forward = Gather<FORWARD, Real, WIDTH, Element>;
+template <class Real, int WIDTH, class Element>
+using GradKernelByChannel = Gather<GRAD_KERNEL, Real, WIDTH, Element>;
+
 // Each block of x gathers what all outputs that read it scatter into it; here `y` is the output's gradient, which is read.
 template <class Real, int WIDTH, class Element>
-struct GradX : ByChannel<false, Real, WIDTH, Element> {
-  using Base = ByChannel<false, Real, WIDTH, Element>;
+struct GradX : ByChannel<GRAD_X, Real, WIDTH, Element> {
+  using Base = ByChannel<GRAD_X, Real, WIDTH, Element>;
   using Base::p;
 
   GradX(const Problem& p, const Tasks& all)

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -126,6 +127,32 @@ inline void store(Real* to, V value) {
 #endif
 }
 
+// Any lanes of `a` and, numbered on from these, of `b`.
+template <int... I, class V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Lane = std::conditional_t<sizeof(V) / sizeof...(I) == 4, std::int32_t, std::int64_t>;
+  typedef Lane Mask __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Mask{I...});
+#endif
+}
+
+// Stores the first COUNT lanes of `v` as two parts, of as many lanes as the sequence is long, which may overlap.
+template <int COUNT, class Real, class V, int... I>
+inline void store_first(Real* to, V v, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  using Part = typename Vector<Real, sizeof...(I)>::type;
+  store<Part>(to, __builtin_shufflevector(v, v, I...));
+  store<Part>(to + COUNT - sizeof...(I), __builtin_shufflevector(v, v, (COUNT - int(sizeof...(I)) + I)...));
+#else
+  Real lanes[sizeof(V) / sizeof(Real)];
+  store<V>(lanes, v);
+  std::memcpy(to, lanes, sizeof(Real) * COUNT);
+#endif
+}
+
 template <int LANES, class To, class From>
 inline void copy_lanes(To* to, const From* from) {
   if constexpr (LANES * (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From)) > VECTOR_BYTES) {
@@ -163,15 +190,15 @@ inline void copy_lanes(To* to, const From* from) {
   }
 }
 
-// A run of elements, to the type computed in.
+// A run of elements, to another type.
 template <class To, class From>
-inline void widen_run(To* to, const From* from, Index count) {
+inline void copy_run(To* to, const From* from, Index count) {
   if constexpr (std::is_same_v<To, From>) {
     std::memcpy(to, from, sizeof(To) * count);
   } else {
     Index i = 0;
     for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
-    for (; i < count; ++i) to[i] = widen(from[i]);
+    for (; i < count; ++i) copy_lanes<1>(to + i, from + i);
   }
 }
 

@@ -178,7 +178,7 @@ struct GradKernel {
       for (Index column = 0; column < task.columns.size(); ++column) {
         Real* target = to + column * features_row;
         if (p.features_stride[1] == 1) {
-          widen_run(target, from + column * p.features_stride[4], p.reduced);
+          copy_run(target, from + column * p.features_stride[4], p.reduced);
         } else if (p.features_stride[4] != 1) {
           for (Index r = 0; r < p.reduced; ++r) target[r] = widen(from[column * p.features_stride[4] + r * p.features_stride[1]]);
         }

@@ -48,6 +48,9 @@ extern "C" {
 // gradients of what it is generated from. 0: done; 1: no memory for the scratch.
 int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->channels, p->output); }
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
-int involution_grad_kernel(const Problem* p) { return run_dtype<GradKernel>(*p, p->output[2], p->output); }
+int involution_grad_kernel(const Problem* p) {
+  if (p->grad_weight == nullptr && p->dtype != FLOAT64 && taps_in_one_run(*p)) return run_dtype<GradKernelByChannel>(*p, p->channels, p->output);
+  return run_dtype<GradKernel>(*p, p->output[2], p->output);
+}
 #pragma GCC visibility pop
 }

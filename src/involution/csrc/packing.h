@@ -11,13 +11,7 @@ namespace {
 // One half of the elements of `a` and `b`, in turn.
 template <int N, bool UPPER, class V, int... I>
 inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, (I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...);
-#else
-  using Lane = std::conditional_t<sizeof(V) / N == 4, std::int32_t, std::int64_t>;
-  typedef Lane Mask __attribute__((vector_size(sizeof(Lane) * N)));
-  return __builtin_shuffle(a, b, Mask{(I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...});
-#endif
+  return shuffle<(I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...>(a, b);
 }
 
 // to[j * to_step + i] = from[i * from_step + j], in blocks of N x N; the last block of a row or column overlaps the one before.
@@ -133,7 +127,7 @@ void pack_planes(Real* to, Index to_step, const Element* from, Index channel_ste
     Real* target = to + channel * to_step;
     const Element* row = from + channel * channel_step;
     if (column_step == 1) {
-      widen_run(target, row, columns);
+      copy_run(target, row, columns);
     } else {
       for (Index column = 0; column < columns; ++column) target[column] = widen(row[column * column_step]);
     }

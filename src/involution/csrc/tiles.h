@@ -16,7 +16,8 @@ struct Layout {
   Index x_depth, x_row;                             // from line to line of the window in the packed rows, which are a ring
   Index y_column;                                   // from output to output
   Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
-  Index fetched;                                    // bytes of taps to come that each tile prefetches
+  Index chunks, x_chunk, y_chunk;                   // how many vectors (or pairs) of channels, and from one to the next
+  Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
 // Whether the taps are read where they lie, and if not, which way they are copied.
@@ -32,7 +33,7 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
   if (taps_in_one_run(p)) {
     const Index first = depths.from * at.tap_depth, count = depths.size() * at.tap_depth;
     for (Index output = 0; output < outputs; ++output)
-      widen_run(to + output * at.tap_output + first, from + output * step[5] + first, count);
+      copy_run(to + output * at.tap_output + first, from + output * step[5] + first, count);
     return;
   }
   for (Index depth = depths.from; depth < depths.to; ++depth)
@@ -41,7 +42,7 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
         const Element* source = from + depth * step[0] + row * step[1] + tap * step[2];
         Real* target = to + depth * at.tap_depth + row * at.tap_row + tap * at.tap_column;
         if (at.tap_output == 1 && step[5] == 1) {
-          widen_run(target, source, outputs);
+          copy_run(target, source, outputs);
           continue;
         }
         for (Index output = 0; output < outputs; ++output) target[output * at.tap_output] = widen(source[output * step[5]]);
@@ -154,7 +155,7 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Real* taps, Index d
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
 template <bool FORWARD, class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST>
-void row_of_tiles(Real* y, Real* x, Index slot, const Real* taps, Index columns, Index depths, Index rows, const Layout& at,
+void row_of_tiles(Real* y, Real* x, Index slot, Real* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
   Index column = 0;
   const auto run = [&](auto width) {
@@ -172,7 +173,7 @@ void row_of_tiles(Real* y, Real* x, Index slot, const Real* taps, Index columns,
 }
 
 template <class Real>
-using Row = void (*)(Real*, Real*, Index, const Real*, Index, Index, Index, const Layout&, const char*);
+using Row = void (*)(Real*, Real*, Index, Real*, Index, Index, Index, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
 template <bool FORWARD, class Real, int WIDTH>
