@@ -63,24 +63,23 @@ void row_of_dots(Real* y, Real* x, Index slot, Real* taps, Index columns, Index 
                  const char* coming) {
   constexpr int LANES = DOT_LANES<Real, WIDTH>, DONE = K / LANES * LANES;
   using V = typename Vector<Real, LANES>::type;
-  const Index last = (depths - 1) * at.tap_depth + (rows - 1) * at.tap_row;
+  const Index end = (depths - 1) * at.tap_depth + (rows - 1) * at.tap_row + at.taps;
   for (Index column = 0; column < columns; ++column, y += at.y_column, taps += at.tap_output, x += at.stride * WIDTH) {
     for (const char* end = coming + at.fetched; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 1);
     V grads[WIDTH / LANES];
 #pragma GCC unroll 4
     for (int v = 0; v < WIDTH / LANES; ++v) grads[v] = load<V>(y + v * LANES);
     for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
-      Real* to = taps + offset;
-      const bool exact = offset == last;  // what is written too much on other lines is overwritten by the next one
+      const auto run = [&](Index t, auto count) {
+        const bool exact = offset + t + LANES > end;  // what is written too much before that is overwritten by taps to come
+        dots<Real, WIDTH, count, ALONE>(taps + offset + t, grads, y, line + t * at.dilation * WIDTH, exact, at);
+      };
       if constexpr (K > 0) {
-#pragma GCC unroll 4
-        for (int t = 0; t < DONE; t += LANES)
-          dots<Real, WIDTH, LANES, ALONE>(to + t, grads, y, line + t * WIDTH, exact, at);
-        if constexpr (K > DONE)
-          dots<Real, WIDTH, K - DONE, ALONE>(to + DONE, grads, y, line + DONE * WIDTH, exact, at);
+        if constexpr (K >= LANES) run(0, std::integral_constant<int, LANES>{});
+        if constexpr (K >= 2 * LANES) run(LANES, std::integral_constant<int, LANES>{});
+        if constexpr (K > DONE) run(DONE, std::integral_constant<int, K - DONE>{});
       } else {
-        for (Index t = 0; t < at.taps; ++t)
-          dots<Real, WIDTH, 1, ALONE>(to + t, grads, y, line + t * at.dilation * WIDTH, exact, at);
+        for (Index t = 0; t < at.taps; ++t) run(t, std::integral_constant<int, 1>{});
       }
     });
   }
