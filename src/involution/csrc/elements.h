@@ -172,17 +172,24 @@ inline void copy_lanes(To* to, const From* from) {
   }
 #endif
   // Nor do they of these, where they are for one register.
-  [[maybe_unused]] typedef typename Vector<std::uint32_t, LANES>::type Bits;
-  [[maybe_unused]] typedef typename Vector<std::uint16_t, LANES>::type Half;
-  if constexpr (std::is_same_v<To, float> && std::is_same_v<From, BFloat16> && LANES >= 4) {
-    const Half half = load<Half>(reinterpret_cast<const std::uint16_t*>(from));
-    return store<Bits>(reinterpret_cast<std::uint32_t*>(to), __builtin_convertvector(half, Bits) << 16);
-  }
-  if constexpr (std::is_same_v<To, BFloat16> && std::is_same_v<From, float> && LANES >= 4) {
-    const Bits bits = load<Bits>(reinterpret_cast<const std::uint32_t*>(from));
-    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // as `narrow` does
-    const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);
-    return store<Half>(reinterpret_cast<std::uint16_t*>(to), __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half));
+  if constexpr (LANES >= 4 && (std::is_same_v<To, BFloat16> || std::is_same_v<From, BFloat16>)) {
+    using Floats = typename Vector<float, LANES>::type;
+    using Bits = typename Vector<std::uint32_t, LANES>::type;
+    using Half = typename Vector<std::uint16_t, LANES>::type;
+    Floats floats;
+    Bits bits;
+    if constexpr (std::is_same_v<From, BFloat16>) {
+      bits = __builtin_convertvector(load<Half>(&from->bits), Bits) << 16;
+      std::memcpy(&floats, &bits, sizeof bits);
+      store<Floats>(to, floats);
+    } else {
+      floats = load<Floats>(from);
+      std::memcpy(&bits, &floats, sizeof bits);
+      const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // as `narrow` does
+      const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);
+      store<Half>(&to->bits, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half));
+    }
+    return;
   }
   if constexpr (std::is_same_v<To, From>) {
     using V = typename Vector<To, LANES>::type;

@@ -29,14 +29,18 @@ int run_lanes(const Problem& p, Index wanted, const Index* size) {
 }
 
 template <template <class, int, class> class Op>
-int run_dtype(const Problem& p, Index lanes, const Index* size) {
+int run_float(const Problem& p, Index lanes, const Index* size) {
   switch (p.dtype) {
     case FLOAT32: return run_lanes<Op, float, float>(p, lanes, size);
-    case FLOAT64: return run_lanes<Op, double, double>(p, lanes, size);
     case BFLOAT16: return run_lanes<Op, float, BFloat16>(p, lanes, size);
     case FLOAT16: return run_lanes<Op, float, Float16>(p, lanes, size);
   }
   return 1;
+}
+
+template <template <class, int, class> class Op>
+int run_dtype(const Problem& p, Index lanes, const Index* size) {
+  return p.dtype == FLOAT64 ? run_lanes<Op, double, double>(p, lanes, size) : run_float<Op>(p, lanes, size);
 }
 
 }  // namespace
@@ -49,8 +53,8 @@ extern "C" {
 int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->channels, p->output); }
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
 int involution_grad_kernel(const Problem* p) {
-  if (p->grad_weight == nullptr && p->dtype != FLOAT64 && taps_in_one_run(*p)) return run_dtype<GradKernelByChannel>(*p, p->channels, p->output);
-  return run_dtype<GradKernel>(*p, p->output[2], p->output);
+  const bool by_channel = p->grad_weight == nullptr && p->dtype != FLOAT64 && taps_in_one_run(*p);
+  return by_channel ? run_float<GradKernelByChannel>(*p, p->channels, p->output) : run_dtype<GradKernel>(*p, p->output[2], p->output);
 }
 #pragma GCC visibility pop
 }
