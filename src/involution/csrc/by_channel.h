@@ -1,4 +1,4 @@
-// Forward, grad_x and, where the taps of an output lie together, grad_kernel: lanes are channels of a group.
+// What forward, grad_x and, where the taps of an output lie together, grad_kernel share: lanes are channels of a group.
 
 #pragma once
 
@@ -15,8 +15,8 @@ constexpr Index ROWS_TOGETHER = 2;
 
 enum Pass { FORWARD, GRAD_X, GRAD_KERNEL };
 
-// What the passes have in common. `rows`, `columns`, `y_rows` and `outputs` are the most that a
-// task can have. Rows of x are packed into a ring, each when the first outputs come to it.
+// What the passes have in common. `rows`, `columns`, `y_rows` and `outputs` are the most that a task can have. Rows of x are
+// packed into a ring, each once, when the first outputs come to it.
 template <Pass PASS, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
@@ -174,126 +174,6 @@ struct ByChannel : Alone {
         for (Index output = 0; output < outputs; ++output)
           std::memset(taps + output * at.tap_output + depth * at.tap_depth + row * at.tap_row, 0, sizeof(Real) * p.kernel[2]);
       }
-  }
-};
-
-// Forward, and the gradient of the kernel: rows of x are read.
-template <Pass PASS, class Real, int WIDTH, class Element>
-struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
-  using Base = ByChannel<PASS, Real, WIDTH, Element>;
-  using Base::p;
-
-  Gather(const Problem& p, const Tasks& all)
-      : Base(p, ceil_div(all.groups, all.group_blocks), Base::window(p, 1, ceil_div(all.rows, all.row_blocks)),
-             Base::window(p, 2, ceil_div(all.columns, all.column_blocks)), ceil_div(all.rows, all.row_blocks),
-             ceil_div(all.columns, all.column_blocks)) {}
-
-  void run(const Task& task, const typename Base::Scratch& s, Index) const {
-    const Index first_depth = task.depth * p.stride[0] - p.padding[0];
-    const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
-    const Index first_column = task.columns.from * p.stride[2] - p.padding[2];
-    const Range depths = this->taps_inside(0, first_depth, p.input[0]);
-    const auto packed = [&](Index group, Index depth) {
-      return s.x + (group - task.groups.from) * this->chunks * this->x_chunk + depth * this->x_depth;
-    };
-    Index row = most(0, -first_row);  // the next to pack
-    for (Index first = task.rows.from; first < task.rows.to; first += this->together) {
-      const Range outs = {first, least(first + this->together, task.rows.to)};
-      const Index rows = least(Base::window(p, 1, outs.to - task.rows.from), p.input[1] - first_row);
-      for (; row < rows; ++row)
-        for (Index depth = depths.from; depth < depths.to; ++depth)
-          this->for_each_run(task.groups, [&](Index group, Index channels) {
-            pack_columns<Real, WIDTH>(packed(group, depth) + this->slot(row), this->x_chunk,
-                                      Base::row_of(p.x, p.x_stride, task.batch, group * p.channels,
-                                                   first_depth + depth * p.dilation[0], first_row + row),
-                                      p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], channels);
-          });
-      const Index vectors = this->pack_features(s.features, task.batch, task.depth, outs, task.columns);
-      for (Index group = task.groups.from; group < task.groups.to; ++group) {
-        this->generate(s, group, {0, taps_of(p)}, vectors);
-        for (Index out = outs.from; out < outs.to; ++out) {
-          const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
-          this->run_row({task.batch, group, task.depth, out, first, task.columns}, depths, lines, packed(group, depths.from),
-                        this->slot((out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1]), s);
-        }
-      }
-    }
-  }
-};
-
-template <class Real, int WIDTH, class Element>
-using Forward = Gather<FORWARD, Real, WIDTH, Element>;
-template <class Real, int WIDTH, class Element>
-using GradKernelByChannel = Gather<GRAD_KERNEL, Real, WIDTH, Element>;
-
-// Each block of x gathers what all outputs that read it scatter into it; here `y` is the output's gradient, which is read.
-template <class Real, int WIDTH, class Element>
-struct GradX : ByChannel<GRAD_X, Real, WIDTH, Element> {
-  using Base = ByChannel<GRAD_X, Real, WIDTH, Element>;
-  using Base::p;
-
-  GradX(const Problem& p, const Tasks& all)
-      : Base(p, ceil_div(all.groups, all.group_blocks), ceil_div(all.rows, all.row_blocks),
-             ceil_div(all.columns, all.column_blocks) + 2 * (p.kernel[2] - 1) * p.dilation[2],
-             (ceil_div(all.rows, all.row_blocks) + (p.kernel[1] - 1) * p.dilation[1]) / p.stride[1] + 1,
-             (ceil_div(all.columns, all.column_blocks) + (p.kernel[2] - 1) * p.dilation[2]) / p.stride[2] + 1) {}
-
-  // Outputs along `axis` of which some tap reads a position in `positions`.
-  Range readers(int axis, Range positions) const {
-    const Index reach = (p.kernel[axis] - 1) * p.dilation[axis];
-    const Index from = most(0, ceil_div(positions.from + p.padding[axis] - reach, p.stride[axis]));
-    const Index to = least(p.output[axis], floor_div(positions.to - 1 + p.padding[axis], p.stride[axis]) + 1);
-    return {from, most(from, to)};
-  }
-
-  void run(const Task& task, const typename Base::Scratch& s, Index) const {
-    const Range outs = readers(1, task.rows), outputs = readers(2, task.columns);
-    std::memset(s.x, 0, sizeof(Real) * task.groups.size() * this->chunks * this->x_chunk);
-    Index done = 0;  // rows of the block
-    const auto finish = [&](Index rows) {
-      for (; done < least(rows, task.rows.size()); ++done) unpack(task, done, s);
-    };
-    for (Index first = outs.from; first < outs.to; first += this->together) {
-      finish(first * p.stride[1] - p.padding[1] - task.rows.from);  // outputs to come reach none of those before
-      scatter(task, {first, least(first + this->together, outs.to)}, outputs, s);
-    }
-    finish(task.rows.size());
-  }
-
-  Real* packed(const Task& task, Index group, const typename Base::Scratch& s) const {
-    return s.x + (group - task.groups.from) * this->chunks * this->x_chunk;
-  }
-  Index reach() const { return (p.kernel[2] - 1) * p.dilation[2]; }  // the packed rows begin this far before the block
-
-  void scatter(const Task& task, Range outs, Range outputs, const typename Base::Scratch& s) const {
-    const Index first_column = outputs.from * p.stride[2] - p.padding[2] - (task.columns.from - reach());
-    for (Index tap = 0; tap < p.kernel[0]; ++tap) {
-      const Index reads = task.depth + p.padding[0] - tap * p.dilation[0], depth = floor_div(reads, p.stride[0]);
-      if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || outputs.size() == 0) continue;
-      const Index vectors = this->pack_features(s.features, task.batch, depth, outs, outputs), of_depth = p.kernel[1] * p.kernel[2];
-      for (Index group = task.groups.from; group < task.groups.to; ++group) {
-        this->generate(s, group, {tap * of_depth, (tap + 1) * of_depth}, vectors);
-        for (Index out = outs.from; out < outs.to; ++out) {
-          const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
-          const Range lines = this->taps_inside(1, position, task.rows.size());
-          if (lines.size() == 0) continue;
-          this->run_row({task.batch, group, depth, out, outs.from, outputs}, {tap, tap + 1}, lines,
-                        packed(task, group, s) + first_column * WIDTH, this->slot(position + lines.from * p.dilation[1]), s);
-        }
-      }
-    }
-  }
-
-  // A row of the block to where it belongs, and room for another.
-  void unpack(const Task& task, Index row, const typename Base::Scratch& s) const {
-    this->for_each_run(task.groups, [&](Index group, Index channels) {
-      Real* from = packed(task, group, s) + this->slot(row);
-      unpack_columns<Real, WIDTH>(Base::row_of(p.x, p.x_stride, task.batch, group * p.channels, task.depth, task.rows.from + row) +
-                                      task.columns.from * p.x_stride[4],
-                                  p.x_stride[1], p.x_stride[4], from + reach() * WIDTH, this->x_chunk, task.columns.size(), channels);
-      for (Index chunk = 0; row + this->x_rows < task.rows.size() && chunk < ceil_div(channels, WIDTH); ++chunk)
-        std::memset(from + chunk * this->x_chunk, 0, sizeof(Real) * this->x_row);
-    });
   }
 };
 

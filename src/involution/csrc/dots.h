@@ -65,7 +65,7 @@ void row_of_dots(Real* y, Real* x, Index slot, Real* taps, Index columns, Index 
   using V = typename Vector<Real, LANES>::type;
   const Index end = (depths - 1) * at.tap_depth + (rows - 1) * at.tap_row + at.taps;
   for (Index column = 0; column < columns; ++column, y += at.y_column, taps += at.tap_output, x += at.stride * WIDTH) {
-    for (const char* end = coming + at.fetched; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 1);
+    for (const char* fetched = coming + at.fetched; coming < fetched; coming += CACHE_LINE) __builtin_prefetch(coming, 1);
     V grads[WIDTH / LANES];
 #pragma GCC unroll 4
     for (int v = 0; v < WIDTH / LANES; ++v) grads[v] = load<V>(y + v * LANES);

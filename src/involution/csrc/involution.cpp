@@ -3,17 +3,19 @@
 // It is compiled once for each instruction set, with VECTOR_BYTES the width of its registers; Python picks the
 // library to load. Nothing of Python or torch is included: the interface is one struct of 64-bit integers.
 //
-// The plan of all ops. A task is a block of rows (and columns) of one image. For each group, the rows the block
-// needs are packed into a scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
+// The plan of all ops. A task is a block of rows (and columns) of one image. The rows the block needs are packed into a
+// scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
 //   forward, grad_x   lanes are channels of the group, a tap of the kernel is a scalar that multiplies all lanes, and a
 //                     tile of columns stays in registers, so that a vector read once serves up to K columns;
-//   grad_kernel       lanes are columns, so that the sum over channels needs no sum over lanes.
+//   grad_kernel       lanes are channels, too, where the taps of an output lie together in memory: sums over lanes cost
+//                     less than sorting what lies elsewhere; else lanes are columns, which need no such sums.
 // Packing makes strides, element types and image borders vanish from the loops; it costs one copy for every K * K uses.
 // Tasks share nothing, or sum in an order that sizes alone decide, so no result depends on how they are dealt out: the same
 // bits for any number of threads. A kernel that is generated never leaves the cache, and neither does its gradient.
 
-#include "by_channel.h"
+#include "gather.h"
 #include "grad_kernel.h"
+#include "grad_x.h"
 
 namespace {
 
