@@ -1,4 +1,4 @@
-// What forward, grad_x and, where the taps of an output lie together, grad_kernel share: lanes are channels of a group.
+// What forward, grad_x and grad_kernel share: lanes are channels of a group.
 
 #pragma once
 
@@ -46,7 +46,7 @@ struct ByChannel : Alone {
         x_chunk(times(times(x_columns, x_rows, x_depths) | 1, WIDTH)),
         x_groups(groups),
         y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % WIDTH == 0),
-        copies_taps(!generates_taps && !taps_in_place<Real, Element>(p)),
+        copies_taps(!generates_taps && !taps_in_place<PASS == GRAD_KERNEL, Real, Element>(p)),
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
@@ -67,10 +67,11 @@ struct ByChannel : Alone {
     Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : WIDTH,
                      p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], chunks, x_chunk, y_chunk, 0};
     if (copies_taps) {
-      result.tap_column = taps_innermost(p) ? 1 : y_columns;
+      const bool innermost = PASS == GRAD_KERNEL || taps_innermost(p);
+      result.tap_column = innermost ? 1 : y_columns;
       result.tap_row = p.kernel[2] * result.tap_column;
       result.tap_depth = p.kernel[1] * result.tap_row;
-      result.tap_output = taps_innermost(p) ? p.kernel[0] * result.tap_depth : 1;
+      result.tap_output = innermost ? p.kernel[0] * result.tap_depth : 1;
     }
     if (generates_taps) {
       result.tap_output = 1;
@@ -162,8 +163,7 @@ struct ByChannel : Alone {
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
     if (PASS != GRAD_KERNEL) return;
     clear_outside(taps, depths, rows, count);
-    for (Index output = 0; copies_taps && output < count; ++output)
-      copy_run(kernel + output * step[7], s.taps + output * at.tap_output, taps_of(p));
+    if (copies_taps) write_taps(kernel, p, s.taps, count);
   }
 
   // Zeros to the gradients of taps on all lines but `depths` x `rows`, which saw nothing but padding.

@@ -18,15 +18,20 @@ inline V fold(V a, V b, std::integer_sequence<int, I...>) {
 // The sums over the lanes of each of N vectors.
 template <int N, class V>
 inline V sums_of_lanes(const V* s) {
-  constexpr auto lanes = std::make_integer_sequence<int, N>{};
-  const auto fours = [&](const V* from) {
-    return fold<N>(fold<N>(from[0], from[2], lanes), fold<N>(from[1], from[3], lanes), lanes);
-  };
-  if constexpr (N == 4) return fours(s);
-  else {
-    static_assert(N == 8);
-    const V first = fours(s), second = fours(s + 4);
-    return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(first, second) + shuffle<4, 5, 6, 7, 12, 13, 14, 15>(first, second);
+  if constexpr (N == 2) {
+    return shuffle<0, 2>(s[0], s[1]) + shuffle<1, 3>(s[0], s[1]);
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, N>{};
+    const auto fours = [&](const V* from) {
+      return fold<N>(fold<N>(from[0], from[2], lanes), fold<N>(from[1], from[3], lanes), lanes);
+    };
+    if constexpr (N == 4) {
+      return fours(s);
+    } else {
+      static_assert(N == 8);
+      const V first = fours(s), second = fours(s + 4);
+      return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(first, second) + shuffle<4, 5, 6, 7, 12, 13, 14, 15>(first, second);
+    }
   }
 }
 
@@ -75,13 +80,35 @@ void row_of_dots(Real* y, Real* x, Index slot, Real* taps, Index columns, Index 
         dots<Real, WIDTH, count, ALONE>(taps + offset + t, grads, y, line + t * at.dilation * WIDTH, exact, at);
       };
       if constexpr (K > 0) {
-        if constexpr (K >= LANES) run(0, std::integral_constant<int, LANES>{});
-        if constexpr (K >= 2 * LANES) run(LANES, std::integral_constant<int, LANES>{});
+#pragma GCC unroll 4
+        for (int t = 0; t < DONE; t += LANES) run(t, std::integral_constant<int, LANES>{});
         if constexpr (K > DONE) run(DONE, std::integral_constant<int, K - DONE>{});
       } else {
         for (Index t = 0; t < at.taps; ++t) run(t, std::integral_constant<int, 1>{});
       }
     });
+  }
+}
+
+// A dense copy of the gradients of all taps of a row of outputs to where they belong.
+template <class Real, class Element>
+void write_taps(Element* to, const Problem& p, const Real* from, Index outputs) {
+  const Index *step = p.kernel_stride + 2, taps = taps_of(p);
+  if (taps_in_one_run(p)) {
+    for (Index output = 0; output < outputs; ++output) copy_run(to + output * step[5], from + output * taps, taps);
+    return;
+  }
+  const bool even = step[1] == p.kernel[2] * step[2] && step[0] == p.kernel[1] * step[1];  // from tap to tap, over lines
+  const Index length = even ? taps : p.kernel[2];
+  for (Index first = 0; first < taps; first += length) {
+    const Index line = first / p.kernel[2];
+    Element* target = to + line / p.kernel[1] * step[0] + line % p.kernel[1] * step[1];
+    if (step[5] == 1) {
+      transpose(target, step[2], from + first, taps, outputs, length);
+      continue;
+    }
+    for (Index output = 0; output < outputs; ++output)
+      for (Index t = 0; t < length; ++t) narrow(from[output * taps + first + t], target[output * step[5] + t * step[2]]);
   }
 }
 

@@ -1,4 +1,4 @@
-// Forward, and grad_kernel where the taps of an output lie together: each output reads its window.
+// Forward and grad_kernel: each output reads its window.
 
 #pragma once
 
@@ -52,6 +52,6 @@ struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
 template <class Real, int WIDTH, class Element>
 using Forward = Gather<FORWARD, Real, WIDTH, Element>;
 template <class Real, int WIDTH, class Element>
-using GradKernelByChannel = Gather<GRAD_KERNEL, Real, WIDTH, Element>;
+using GradKernel = Gather<GRAD_KERNEL, Real, WIDTH, Element>;
 
 }  // namespace

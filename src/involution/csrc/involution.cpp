@@ -7,14 +7,14 @@
 // scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
 //   forward, grad_x   lanes are channels of the group, a tap of the kernel is a scalar that multiplies all lanes, and a
 //                     tile of columns stays in registers, so that a vector read once serves up to K columns;
-//   grad_kernel       lanes are channels, too, where the taps of an output lie together in memory: sums over lanes cost
-//                     less than sorting what lies elsewhere; else lanes are columns, which need no such sums.
+//   grad_kernel       lanes are channels, too, and are added up for a line of taps at a time;
+//   ... if generated  lanes are columns, as they are in the products that follow.
 // Packing makes strides, element types and image borders vanish from the loops; it costs one copy for every K * K uses.
 // Tasks share nothing, or sum in an order that sizes alone decide, so no result depends on how they are dealt out: the same
 // bits for any number of threads. A kernel that is generated never leaves the cache, and neither does its gradient.
 
 #include "gather.h"
-#include "grad_kernel.h"
+#include "grad_span.h"
 #include "grad_x.h"
 
 namespace {
@@ -31,18 +31,14 @@ int run_lanes(const Problem& p, Index wanted, const Index* size) {
 }
 
 template <template <class, int, class> class Op>
-int run_float(const Problem& p, Index lanes, const Index* size) {
+int run_dtype(const Problem& p, Index lanes, const Index* size) {
   switch (p.dtype) {
     case FLOAT32: return run_lanes<Op, float, float>(p, lanes, size);
+    case FLOAT64: return run_lanes<Op, double, double>(p, lanes, size);
     case BFLOAT16: return run_lanes<Op, float, BFloat16>(p, lanes, size);
     case FLOAT16: return run_lanes<Op, float, Float16>(p, lanes, size);
   }
   return 1;
-}
-
-template <template <class, int, class> class Op>
-int run_dtype(const Problem& p, Index lanes, const Index* size) {
-  return p.dtype == FLOAT64 ? run_lanes<Op, double, double>(p, lanes, size) : run_float<Op>(p, lanes, size);
 }
 
 }  // namespace
@@ -55,8 +51,7 @@ extern "C" {
 int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->channels, p->output); }
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
 int involution_grad_kernel(const Problem* p) {
-  const bool by_channel = p->grad_weight == nullptr && p->dtype != FLOAT64 && taps_in_one_run(*p);
-  return by_channel ? run_float<GradKernelByChannel>(*p, p->channels, p->output) : run_dtype<GradKernel>(*p, p->output[2], p->output);
+  return p->grad_weight ? run_dtype<GradSpan>(*p, p->output[2], p->output) : run_dtype<GradKernel>(*p, p->channels, p->output);
 }
 #pragma GCC visibility pop
 }

@@ -20,10 +20,10 @@ struct Layout {
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
-// Whether the taps are read where they lie, and if not, which way they are copied.
-template <class Real, class Element>
+// Whether the loops run on the taps where they lie.
+template <bool WRITTEN, class Real, class Element>
 bool taps_in_place(const Problem& p) {
-  return std::is_same_v<Real, Element> && (p.kernel_stride[4] == 1 || p.kernel[2] == 1 || p.kernel_stride[7] == 1);
+  return std::is_same_v<Real, Element> && (WRITTEN ? taps_in_one_run(p) : taps_innermost(p) || p.kernel_stride[7] == 1);
 }
 
 // The kernel of one group and row of outputs: a dense copy of the taps at `depths`.

@@ -1,4 +1,4 @@
-// grad_kernel, and what follows from it where the kernel is generated: lanes are columns.
+// What follows from grad_kernel where the kernel is generated: lanes are columns.
 
 #pragma once
 
@@ -8,39 +8,37 @@
 
 namespace {
 
-// Lanes are columns. Packed rows of x lie [channel][phase][column / stride], phase = column mod stride, so that the
-// inputs of neighbouring outputs are neighbours for any stride.
-// Where the kernel is generated its gradient stays in cache, too, and is multiplied at once into those of the features, of
-// the weight and of the bias. The last two are sums over all tasks: partial ones for each lot of tasks, added up at the end.
-// How many lots there are does not depend on the threads.
+// Lanes are columns, as those of the products with the weight and the features are pixels. Packed rows of x lie
+// [channel][phase][column / stride], phase = column mod stride, so that the inputs of neighbouring outputs are neighbours for any
+// stride. The gradient of the kernel stays in cache and is multiplied at once into those of the features, of the weight and of
+// the bias. The last two are sums over all tasks: partial ones for each lot of tasks, added up at the end. How many lots there
+// are does not depend on the threads.
 template <class Real, int LANES, class Element>
-struct GradKernel {
+struct GradSpan {
   using V = typename Vector<Real, LANES>::type;
   static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
   static constexpr bool IN_PAIRS = false;
   const Problem& p;
-  const bool generated;
   const Index groups, columns, x_rows, x_columns, x_phase, x_channel;  // the most that a task can have
   const Index tap_step;                                                // from tap to tap of the gradient of the kernel
   const Index features_row;                                            // features of a position, in whole vectors
 
   struct Scratch {
-    Real *x, *y, *taps;  // taps: [tap][column], all taps of a row of outputs, or [tap][pixel], of all rows of the task
+    Real *x, *y, *taps;  // taps: [tap][pixel], of all rows of the task
     Index* offsets;      // of each tap of a line in a packed row
     Real *features, *grad_features;  // [pixel][features_row], [channel][pixel]
   };
-  void (GradKernel::*const taps_of_line_)(const Scratch&, const Real*, Real*) const;
+  void (GradSpan::*const taps_of_line_)(const Scratch&, const Real*, Real*) const;
 
-  GradKernel(const Problem& problem, const Tasks& all)
+  GradSpan(const Problem& problem, const Tasks& all)
       : p(problem),
-        generated(p.grad_weight != nullptr),
         groups(ceil_div(all.groups, all.group_blocks)),
         columns(ceil_div(ceil_div(all.columns, all.column_blocks), LANES) * LANES),
         x_rows((ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
         x_columns((columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
         x_phase(ceil_div(x_columns, p.stride[2])),
         x_channel(times(x_phase, p.stride[2])),
-        tap_step(generated ? pixels(all) : columns),
+        tap_step(pixels(all)),
         features_row(ceil_div(p.reduced, WIDEST) * WIDEST),
         taps_of_line_(choose(p)) {}
 
@@ -50,16 +48,16 @@ struct GradKernel {
     return times(ceil_div(times(rows - 1, width) + columns, WIDEST) | 1, WIDEST);
   }
 
-  static auto choose(const Problem& p) -> void (GradKernel::*)(const Scratch&, const Real*, Real*) const {
+  static auto choose(const Problem& p) -> void (GradSpan::*)(const Scratch&, const Real*, Real*) const {
     if (p.stride[2] == 1 && p.dilation[2] == 1) {
-      if (p.kernel[2] == 3) return &GradKernel::taps_of_line<3, true>;
-      if (p.kernel[2] == 5) return &GradKernel::taps_of_line<5, true>;
-      if (p.kernel[2] == 7) return &GradKernel::taps_of_line<7, true>;
-      if (p.kernel[2] == 9) return &GradKernel::taps_of_line<9, true>;
+      if (p.kernel[2] == 3) return &GradSpan::taps_of_line<3, true>;
+      if (p.kernel[2] == 5) return &GradSpan::taps_of_line<5, true>;
+      if (p.kernel[2] == 7) return &GradSpan::taps_of_line<7, true>;
+      if (p.kernel[2] == 9) return &GradSpan::taps_of_line<9, true>;
     }
-    if (p.kernel[2] % 3 == 0) return &GradKernel::taps_of_line<3, false>;
-    if (p.kernel[2] % 7 == 0) return &GradKernel::taps_of_line<7, false>;
-    return &GradKernel::taps_of_line<1, false>;
+    if (p.kernel[2] % 3 == 0) return &GradSpan::taps_of_line<3, false>;
+    if (p.kernel[2] % 7 == 0) return &GradSpan::taps_of_line<7, false>;
+    return &GradSpan::taps_of_line<1, false>;
   }
 
   Scratch scratch(Arena& arena) const {
@@ -67,8 +65,8 @@ struct GradKernel {
             arena.take<Real>(times(p.channels, columns)),
             arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], tap_step)),
             arena.take<Index>(p.kernel[2]),
-            arena.take<Real>(generated ? times(tap_step, features_row) : 0),
-            arena.take<Real>(generated ? times(tap_step, p.reduced) : 0)};
+            arena.take<Real>(times(tap_step, features_row)),
+            arena.take<Real>(times(tap_step, p.reduced))};
   }
 
   // Columns from `first` on of `channels` rows, zero outside the image, to [channel][phase][column / stride].
@@ -107,14 +105,6 @@ struct GradKernel {
   void run(const Task& task, const Scratch& s, Index lot) const {
     for (Index t = 0; t < p.kernel[2]; ++t) s.offsets[t] = t * p.dilation[2] % p.stride[2] * x_phase + t * p.dilation[2] / p.stride[2];
     pack_x(task, s);
-    if (!generated) {  // all groups of a row in turn, so that memory is written in its order where the channels lie together
-      for (Index out = task.rows.from; out < task.rows.to; ++out)
-        for (Index group = task.groups.from; group < task.groups.to; ++group) {
-          taps_of_row(task, s, group, out, s.taps);
-          write(task, s, group, out);
-        }
-      return;
-    }
     const Index width = task.columns.size(), used = task.rows.size() * width, vectors = ceil_div(used, WIDEST);
     pack_features(task, s);
     std::memset(s.grad_features, 0, sizeof(Real) * p.reduced * tap_step);
@@ -219,14 +209,12 @@ struct GradKernel {
   Index partial_row() const { return ceil_div(p.reduced, 16) * 16; }
   Real* partial_weight(Index lot) const { return static_cast<Real*>(p.partial) + lot * p.groups * taps_of(p) * partial_row(); }
   Real* partial_bias(Index lot) const { return partial_weight(p.lots) + lot * p.groups * taps_of(p); }
-  Index lots(Index tasks) const { return generated ? least(tasks, p.lots) : tasks; }
+  Index lots(Index tasks) const { return least(tasks, p.lots); }
   void begin(Index lot) const {
-    if (!generated) return;
     std::memset(partial_weight(lot), 0, sizeof(Real) * p.groups * taps_of(p) * partial_row());
     std::memset(partial_bias(lot), 0, sizeof(Real) * p.groups * taps_of(p));
   }
   void finish(Index lots) const {
-    if (!generated) return;
     Real *weight = static_cast<Real*>(p.grad_weight), *bias = static_cast<Real*>(p.grad_bias);
 #if defined(_OPENMP)
 #pragma omp parallel for
@@ -239,27 +227,6 @@ struct GradKernel {
         const Real* part = partial_weight(lot) + tap * partial_row();
         for (Index r = 0; r < p.reduced; ++r) row[r] += part[r];
         bias[tap] += partial_bias(lot)[tap];
-      }
-    }
-  }
-
-  void write(const Task& task, const Scratch& s, Index group, Index out) const {
-    const Index *step = p.kernel_stride, count = task.columns.size();
-    Element* target = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + group * step[1] + task.depth * step[5] +
-                      out * step[6] + task.columns.from * step[7];
-    const Index taps = taps_of(p);
-    if (taps_in_one_run(p)) {
-      transpose(target, step[7], s.taps, tap_step, taps, count);
-      return;
-    }
-    for (Index tap = 0; tap < taps; ++tap) {
-      const Index column = tap % p.kernel[2], row = tap / p.kernel[2] % p.kernel[1], depth = tap / p.kernel[2] / p.kernel[1];
-      const Real* values = s.taps + tap * tap_step;
-      Element* line = target + depth * step[2] + row * step[3] + column * step[4];
-      if (step[7] == 1) {
-        for (Index i = 0; i < count; ++i) narrow(values[i], line[i]);
-      } else {
-        for (Index i = 0; i < count; ++i) narrow(values[i], line[i * step[7]]);
       }
     }
   }
