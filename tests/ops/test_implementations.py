@@ -73,6 +73,7 @@ def test_half_types_accumulate_in_float32(dtype: torch.dtype) -> None:
 _REPEATED = (
     case((28, 30), 7, padding=3, batch=3, group_channels=16),
     case((28, 30), 3, stride=2, padding=1, batch=3, groups=5, group_channels=3),
+    case((3, 45, 8), 3, padding=1, batch=1, group_channels=16),
 )
 
 
@@ -80,7 +81,7 @@ _REPEATED = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", _REPEATED, ids=str)
 def test_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype, layout: str) -> None:
-    tensors = [lay(t, 2) for lay, t in zip(LAYOUTS[layout], case.tensors(dtype), strict=True)]
+    tensors = [lay(t, len(case.size)) for lay, t in zip(LAYOUTS[layout], case.tensors(dtype), strict=True)]
     before = torch.get_num_threads()
 
     def run(_: int) -> list[torch.Tensor]:
