@@ -101,6 +101,14 @@ def test_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype, layout: s
             assert torch.equal(expected, got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_without_channels(dtype: torch.dtype) -> None:
+    each = case((5, 9), 3, padding=1, group_channels=0)
+    results = [run_served(op, *each.tensors(dtype), each.window) for op in OPS]
+    assert results[0].numel() == results[1].numel() == 0
+    assert torch.equal(results[2], torch.zeros_like(results[2]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_strides_beyond_int32(monkeypatch: pytest.MonkeyPatch, op: str) -> None:

@@ -39,8 +39,8 @@ inline V sums_of_lanes(const V* s) {
 template <class Real, int WIDTH>
 constexpr int DOT_LANES = lanes_of<Real>(WIDTH) < 8 ? lanes_of<Real>(WIDTH) : 8;
 
-// The gradients of COUNT taps of one output, of neighbouring positions. ALONE: all channels of the group lie in `grads`, else
-// there are more at `y`. `exact`: nothing is written behind the taps.
+// The gradients of COUNT taps of one output, of neighbouring positions. ALONE: the output's own gradient, of all channels of the
+// group, is `grads`, else it is at `y`. `exact`: nothing is written behind the taps.
 template <class Real, int WIDTH, int COUNT, bool ALONE, class V>
 inline void dots(Real* taps, const V* grads, const Real* y, const Real* x, bool exact, const Layout& at) {
   constexpr int LANES = DOT_LANES<Real, WIDTH>;
@@ -51,11 +51,11 @@ inline void dots(Real* taps, const V* grads, const Real* y, const Real* x, bool 
 #pragma GCC unroll 4
       for (int v = 0; v < WIDTH / LANES; ++v) sums[t] += grads[v] * load<V>(x + t * WIDTH + v * LANES);
   };
-  add(grads, x);
-  for (Index chunk = 1; !ALONE && chunk < at.chunks; ++chunk) {
-    V more[WIDTH / LANES];
-    for (int v = 0; v < WIDTH / LANES; ++v) more[v] = load<V>(y + chunk * at.y_chunk + v * LANES);
-    add(more, x + chunk * at.x_chunk);
+  if (ALONE) add(grads, x);
+  for (Index chunk = 0; !ALONE && chunk < at.chunks; ++chunk) {
+    V part[WIDTH / LANES];
+    for (int v = 0; v < WIDTH / LANES; ++v) part[v] = load<V>(y + chunk * at.y_chunk + v * LANES);
+    add(part, x + chunk * at.x_chunk);
   }
   const V result = sums_of_lanes<LANES>(sums);
   if (COUNT == LANES || !exact) return store<V>(taps, result);
@@ -71,9 +71,9 @@ void row_of_dots(Real* y, Real* x, Index slot, Real* taps, Index columns, Index 
   const Index end = (depths - 1) * at.tap_depth + (rows - 1) * at.tap_row + at.taps;
   for (Index column = 0; column < columns; ++column, y += at.y_column, taps += at.tap_output, x += at.stride * WIDTH) {
     for (const char* fetched = coming + at.fetched; coming < fetched; coming += CACHE_LINE) __builtin_prefetch(coming, 1);
-    V grads[WIDTH / LANES];
+    V grads[WIDTH / LANES] = {};
 #pragma GCC unroll 4
-    for (int v = 0; v < WIDTH / LANES; ++v) grads[v] = load<V>(y + v * LANES);
+    for (int v = 0; ALONE && v < WIDTH / LANES; ++v) grads[v] = load<V>(y + v * LANES);
     for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
       const auto run = [&](Index t, auto count) {
         const bool exact = offset + t + LANES > end;  // what is written too much before that is overwritten by taps to come
