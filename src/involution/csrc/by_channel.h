@@ -25,6 +25,7 @@ struct ByChannel : Alone {
   const Index chunks, x_depths, x_columns, y_columns, x_rows, x_row, x_depth, x_chunk, x_groups;
   const bool y_in_place, copies_taps;
   const Index y_chunk;
+  const Index runs;    // of the loops on a row of outputs: those of the gradient of the kernel run on all chunks at once
   const Index pixels;  // of a task, in whole vectors; an odd number of them, so that the rows of a plane spread over the cache
   const Layout at;
   const Row<Real> row;
@@ -48,6 +49,7 @@ struct ByChannel : Alone {
         y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % WIDTH == 0),
         copies_taps(!generates_taps && !taps_in_place<PASS == GRAD_KERNEL, Real, Element>(p)),
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
+        runs(PASS == GRAD_KERNEL ? 1 : chunks),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
         row(choose()) {}
@@ -64,7 +66,7 @@ struct ByChannel : Alone {
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring
 
   Layout layout() const {
-    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, p.dilation[1] * x_row, y_in_place ? p.y_stride[4] : WIDTH,
+    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, times(p.dilation[1], x_row), y_in_place ? p.y_stride[4] : WIDTH,
                      p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], chunks, x_chunk, y_chunk, 0};
     if (copies_taps) {
       const bool innermost = PASS == GRAD_KERNEL || taps_innermost(p);
@@ -78,7 +80,7 @@ struct ByChannel : Alone {
       result.tap_column = pixels;
       result.tap_row = times(p.kernel[2], pixels);
       result.tap_depth = times(p.kernel[1], result.tap_row);
-    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / (PASS == GRAD_KERNEL ? 1 : chunks);
+    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / runs;
     return result;
   }
 
@@ -149,7 +151,7 @@ struct ByChannel : Alone {
       Element* groups = static_cast<Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
       kernel = groups + outputs.group * step[1];
-      coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * count * at.fetched;
+      coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * runs * count * at.fetched;
       if constexpr (std::is_same_v<Real, Element>) taps = copies_taps ? s.taps : kernel;
       if (PASS != GRAD_KERNEL && copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
     }
@@ -157,8 +159,9 @@ struct ByChannel : Alone {
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
     if (PASS != FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
-    for (Index chunk = 0; chunk < (PASS == GRAD_KERNEL ? 1 : chunks); ++chunk)
-      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, inside, count, depths.size(), rows.size(), at, coming);
+    for (Index chunk = 0; chunk < runs; ++chunk)
+      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, inside, count, depths.size(), rows.size(), at,
+          coming + chunk * count * at.fetched);
     if (PASS == FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
     if (PASS != GRAD_KERNEL) return;

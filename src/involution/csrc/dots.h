@@ -1,5 +1,5 @@
 // The loop of grad_kernel on packed rows: lanes are channels, whose products are added up for a line of taps at a time, so that
-// the gradients of the taps of an output come out in the order in which they lie.
+// the gradients of the taps of an output come out next to one another, as they lie in channels-last memory.
 
 #pragma once
 

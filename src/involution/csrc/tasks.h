@@ -15,7 +15,7 @@ namespace {
 constexpr Index COLUMNS_PER_TASK = 512;
 constexpr Index TASKS_PER_THREAD = 8;               // wanted, so that no thread waits long for the others
 constexpr Index LEAST_ROWS_PER_TASK = 7;            // whose windows overlap with those of other tasks
-constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated, so do those of one group
+constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated: the taps of one group stay in the second-level cache
 [[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
 
 // How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups.
@@ -25,9 +25,8 @@ struct Tasks {
   Tasks(const Problem& p, const Index* size, Index threads) : depths(size[0]), rows(size[1]), columns(size[2]), groups(p.groups) {
     column_blocks = ceil_div(columns, COLUMNS_PER_TASK);
     const Index wanted_blocks = ceil_div(TASKS_PER_THREAD * threads, most(1, p.batch * depths * column_blocks));
-    const Index rows_per_task = p.weight ? PIXELS_PER_TASK / ceil_div(columns, column_blocks)
-                                         : most(LEAST_ROWS_PER_TASK, ceil_div(rows, wanted_blocks));
-    row_blocks = ceil_div(rows, most(1, least(rows, rows_per_task)));
+    const Index rows_of_pixels = p.weight ? most(1, PIXELS_PER_TASK / ceil_div(columns, column_blocks)) : 1;
+    row_blocks = least(rows, p.weight ? ceil_div(rows, rows_of_pixels) : most(1, least(wanted_blocks, rows / LEAST_ROWS_PER_TASK)));
     // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
     const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 4 : 2) * threads;
     // The gradient of the features is a sum over groups, so these stay together there.
@@ -84,6 +83,11 @@ class Kept {
   Index size_ = 0;
 };
 
+inline Kept& kept_scratch() {
+  static thread_local Kept kept;
+  return kept;
+}
+
 // How the tasks of an op are dealt out: in lots of consecutive ones, here each alone. `begin` and `finish` are for sums over tasks.
 struct Alone {
   Index lots(Index tasks) const { return tasks; }
@@ -103,10 +107,9 @@ int run_tasks(const Problem& p, const Index* size) {
   const Op op(p, tasks);
   Arena measure(nullptr);
   op.scratch(measure);
-  const Index bytes = (measure.used() + 4095) & ~Index(4095);
-  if (bytes >= TOO_MUCH) return 1;
-  static thread_local Kept kept;
-  char* memory = kept.at_least(bytes * threads);
+  const Index bytes = (most(1, measure.used()) + 4095) & ~Index(4095);
+  if (times(bytes, threads) >= TOO_MUCH) return 1;
+  char* memory = kept_scratch().at_least(bytes * threads);
   if (memory == nullptr) return 1;
   const Index lots = op.lots(tasks.count);
 #if defined(_OPENMP)
