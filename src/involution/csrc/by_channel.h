@@ -119,8 +119,8 @@ struct ByChannel : Alone {
     const Index runs = one_run ? 1 : rows.size(), length = used / most(1, runs);
     for (Index run = 0; run < runs; ++run)
       pack_planes(to + run * length, pixels,
-                          row_of(p.features, p.features_stride, batch, 0, depth, rows.from + run) + columns.from * p.features_stride[4],
-                          p.features_stride[1], p.features_stride[4], length, p.reduced);
+                  row_of(p.features, p.features_stride, batch, 0, depth, rows.from + run) + columns.from * p.features_stride[4],
+                  p.features_stride[1], p.features_stride[4], length, p.reduced);
     for (Index channel = 0; channel < p.reduced; ++channel)
       std::memset(to + channel * pixels + used, 0, sizeof(Real) * (vectors * WIDEST - used));
     return vectors;
