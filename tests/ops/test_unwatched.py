@@ -51,6 +51,68 @@ def test_the_second_call_of_a_layer_is_direct_and_equal(direct: list[object]) ->
     assert torch.equal(first, third)
 
 
+def _leaves() -> tuple[Tensor, Tensor]:
+    return X.double().requires_grad_(), KERNEL.double().requires_grad_()
+
+
+def test_a_second_step_of_training_is_direct_and_equal(direct: list[object]) -> None:
+    x, kernel = _leaves()
+    first = _call(x, kernel)
+    expected = torch.autograd.grad(library.forward(x, kernel, (1, 1), (1, 1), (1, 1)).sum(), (x, kernel))
+    direct.clear()
+    second = _call(x, kernel)
+    found = torch.autograd.grad(second.sum(), (x, kernel))
+    assert direct == [library.forward, library.grad_x, library.grad_kernel]
+    assert torch.equal(first, second)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_only_wanted_gradients_are_taken(direct: list[object]) -> None:
+    x, kernel = _leaves()
+    for leaves, op in (((x, kernel.detach()), library.grad_x), ((x.detach(), kernel), library.grad_kernel)):
+        _call(*leaves)
+        y = _call(*leaves)
+        direct.clear()
+        y.sum().backward()
+        assert direct == [op]
+
+
+def test_derivatives_of_derivatives_are_direct_and_right(direct: list[object]) -> None:
+    x, kernel = _leaves()
+    _call(x, kernel)
+    assert torch.autograd.gradgradcheck(_call, (x, kernel), fast_mode=True)
+    assert {library.forward, library.grad_x, library.grad_kernel} <= set(direct)
+    span = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5, 5), (18, 3), (18,))]
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda *args: generated_involution(*args, 3, padding=1), (x, *span), fast_mode=True)
+    assert {library.generated, library.generated_grad_x, library.grad_span} <= set(direct)
+
+
+def test_batches_of_gradients_are_watched(direct: list[object]) -> None:
+    x, kernel = _leaves()
+    _call(x, kernel)
+    y = _call(x, kernel)
+    direct.clear()
+    grads = torch.randn(3, *y.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(y, (x, kernel), grads, is_grads_batched=True, retain_graph=True)
+    assert not direct
+    for i, grad in enumerate(grads):
+        single = torch.autograd.grad(y, (x, kernel), grad, retain_graph=True)
+        for found, expected in zip(batched, single, strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
+def test_modes_see_the_backward_pass_of_a_direct_call(direct: list[object]) -> None:
+    x, kernel = _leaves()
+    _call(x, kernel)
+    y = _call(x, kernel)
+    direct.clear()
+    with _Log() as log:
+        y.sum().backward()
+    assert {library.grad_x, library.grad_kernel} <= set(log.seen)
+    assert not direct
+
+
 class _Log(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +169,6 @@ def _dual() -> Tensor:
 
 
 _WATCHED: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Tensor]]] = {
-    "gradient": (nullcontext, lambda: X.clone().requires_grad_()),
     "tangent": (forward_ad.dual_level, _dual),
     "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), lambda: X),
     "lazy negation": (nullcontext, lambda: torch.complex(X, X).conj().imag),

@@ -11,7 +11,7 @@ derivatives, `generated_grad_x` and `grad_span`; those of higher order are taken
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from involution.ops import cpu, flops, reference
+from involution.ops.unwatched import unwatched
 
 Ints = Sequence[int]
 
@@ -51,10 +52,16 @@ grad_x = torch.ops.involution.grad_x.default
 grad_kernel = torch.ops.involution.grad_kernel.default
 
 
-def call_on_cpu(op: OpOverload, *args: Any) -> Tensor:
+def call(op: OpOverload, tensors: tuple[Tensor, ...], *settings: Any) -> Any:
+    """op(*tensors, *settings), around torch's dispatcher where nothing would notice."""
+    return call_on_cpu(op, *tensors, *settings) if unwatched(tensors) else op(*tensors, *settings)
+
+
+def call_on_cpu(op: OpOverload, *args: Any) -> Any:
     """op(*args) without torch's dispatcher, for tensors that are `unwatched`."""
-    out: Tensor = _on_cpu[op](*args)
-    return out
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return _recorded[op](*args)
+    return _on_cpu[op](*args)
 
 
 def implementations() -> dict[str, str]:
@@ -218,8 +225,8 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x, kernel), (wants_x, wants_kernel) = ctx.saved_tensors, ctx.needs_input_grad[:2]
     return (
-        grad_x(grad, kernel, ctx.size, *ctx.window) if wants_x else None,
-        grad_kernel(grad, x, ctx.groups, ctx.kernel_size, *ctx.window) if wants_kernel else None,
+        call(grad_x, (grad, kernel), ctx.size, *ctx.window) if wants_x else None,
+        call(grad_kernel, (grad, x), ctx.groups, ctx.kernel_size, *ctx.window) if wants_kernel else None,
         *(None,) * 3,
     )
 
@@ -232,27 +239,25 @@ def _generated_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _generated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, features, weight, bias = ctx.saved_tensors
     window, (wants_x, *wants_span) = (ctx.stride, ctx.padding, ctx.dilation), ctx.needs_input_grad[:4]
-    to_x: Callable[..., Tensor] = generated_grad_x
-    to_span: Callable[..., tuple[Tensor, Tensor, Tensor]] = grad_span
+    to_x: Callable[..., Tensor] = partial(call, generated_grad_x)
+    to_span: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(call, grad_span)
     if torch.is_grad_enabled():  # the derivatives are to be derived in turn
         to_x, to_span = _generated_grad_x, _grad_span
-    from_x = to_x(grad, features, weight, bias, x.shape[2:], ctx.kernel_size, *window) if wants_x else None
+    from_x = to_x((grad, features, weight, bias), x.shape[2:], ctx.kernel_size, *window) if wants_x else None
     if not any(wants_span):
         return from_x, *(None,) * 7
-    from_span = to_span(grad, x, features, weight, ctx.kernel_size, *window)
+    from_span = to_span((grad, x, features, weight), ctx.kernel_size, *window)
     wanted = (g if wants else None for g, wants in zip(from_span, wants_span, strict=True))
     return from_x, *wanted, *(None,) * 4
 
 
-def _generated_grad_x(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, size: Ints, kernel_size: Ints, *window: Ints
-) -> Tensor:
+def _generated_grad_x(tensors: tuple[Tensor, ...], size: Ints, kernel_size: Ints, *window: Ints) -> Tensor:
+    grad, features, weight, bias = tensors
     return grad_x(grad, reference.span(features, weight, bias, kernel_size), size, *window)
 
 
-def _grad_span(
-    grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, kernel_size: Ints, *window: Ints
-) -> tuple[Tensor, Tensor, Tensor]:
+def _grad_span(tensors: tuple[Tensor, ...], kernel_size: Ints, *window: Ints) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, features, weight = tensors
     kernel = grad_kernel(grad, x, weight.shape[0] // prod(kernel_size), kernel_size, *window)
     return reference.through_span(kernel, features, weight)
 
@@ -266,8 +271,8 @@ def _grad_x_backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
     (grad, kernel), (wants_grad, wants_kernel) = ctx.saved_tensors, ctx.needs_input_grad[:2]
     groups, kernel_size = kernel.shape[1], kernel.shape[2 : x.dim()]
     return (
-        forward(x, kernel, *ctx.window) if wants_grad else None,
-        grad_kernel(grad, x, groups, kernel_size, *ctx.window) if wants_kernel else None,
+        call(forward, (x, kernel), *ctx.window) if wants_grad else None,
+        call(grad_kernel, (grad, x), groups, kernel_size, *ctx.window) if wants_kernel else None,
         *(None,) * 4,
     )
 
@@ -280,20 +285,32 @@ def _grad_kernel_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _grad_kernel_backward(ctx: Any, kernel: Tensor) -> tuple[Tensor | None, ...]:
     (grad, x), (wants_grad, wants_x) = ctx.saved_tensors, ctx.needs_input_grad[:2]
     return (
-        forward(x, kernel, *ctx.window) if wants_grad else None,
-        grad_x(grad, kernel, x.shape[2:], *ctx.window) if wants_x else None,
+        call(forward, (x, kernel), *ctx.window) if wants_grad else None,
+        call(grad_x, (grad, kernel), x.shape[2:], *ctx.window) if wants_x else None,
         *(None,) * 5,
     )
 
 
-def _differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    torch.library.register_autograd(f"involution::{name}", backward, setup_context=setup_context, lib=_library)
+_recorded: dict[OpOverload, Callable[..., Any]] = {}  # what `call_on_cpu` calls where derivatives are asked for
 
 
-_differentiate("forward", _forward_backward, _forward_context)
-_differentiate("generated", _generated_backward, _generated_context)
-_differentiate("grad_x", _grad_x_backward, _grad_x_context)
-_differentiate("grad_kernel", _grad_kernel_backward, _grad_kernel_context)
+def _differentiate(op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Give `op` its derivative, both within torch's dispatcher and around it."""
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_library)
+
+    def run(ctx: Any, *args: Any) -> Any:
+        out = _on_cpu[op](*args)
+        setup_context(ctx, args, out)
+        return out
+
+    methods = {"forward": staticmethod(run), "backward": staticmethod(backward)}
+    _recorded[op] = type(f"{op._opname}_on_cpu", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+
+_differentiate(forward, _forward_backward, _forward_context)
+_differentiate(generated, _generated_backward, _generated_context)
+_differentiate(grad_x, _grad_x_backward, _grad_x_context)
+_differentiate(grad_kernel, _grad_kernel_backward, _grad_kernel_context)
 
 
 flops.register_when_counted()

@@ -31,14 +31,10 @@ _ALONE = frozenset((_bits("BackendSelect", "ADInplaceOrView"), _bits("BackendSel
 def unwatched(tensors: tuple[Tensor, ...]) -> bool:
     """Whether nothing would notice how an op on `tensors` is called.
 
-    They are dense, on a CPU and ask for no derivative, and no mode, transform, autocast, compiler or profiler is on.
+    They are dense and on a CPU, and no mode, transform, autocast, compiler or profiler is on.
     """
     if torch.compiler.is_compiling() or _profiler_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if _mode_keys().raw_repr() not in _ALONE or _function_modes() or forward_ad._current_level >= 0:
         return False
-    graph = torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) not in _PLAIN or (graph and t.requires_grad) or _tensor_keys(t).raw_repr() not in _DENSE:
-            return False
-    return True
+    return all(type(t) in _PLAIN and _tensor_keys(t).raw_repr() in _DENSE for t in tensors)
