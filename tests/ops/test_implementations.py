@@ -1,6 +1,7 @@
 """Whatever serves this device, against the reference in float64: one tolerance, every awkward window and layout."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,31 @@ def test_groups_without_channels(dtype: torch.dtype) -> None:
     results = [run_served(op, *each.tensors(dtype), each.window) for op in OPS]
     assert results[0].numel() == results[1].numel() == 0
     assert torch.equal(results[2], torch.zeros_like(results[2]))
+
+
+def test_large_outputs_lie_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text() or implementations()["cpu"].startswith("reference"):
+        pytest.skip("this system grants no large pages, or nothing asks for them")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    x = torch.ones(1).expand(1, 8, 1 << 21)
+    out = torch.ops.involution.forward(x, torch.ones(1).expand(1, 1, 1, 1 << 21), (1,), (0,), (1,))
+    assert out.nbytes == 64 << 20
+    assert torch.equal(out, x)
+    assert _bytes_in_large_pages(out.data_ptr() + out.nbytes // 2) > 0
+
+
+def _bytes_in_large_pages(address: int) -> int:
+    """Of the mapping of this process that holds `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if "-" in name and not name.endswith(":"):
+            first, last = (int(end, 16) for end in name.split("-"))
+            inside = first <= address < last
+        elif inside and name == "AnonHugePages:":
+            return int(rest[0]) << 10
+    raise LookupError(hex(address))
 
 
 @pytest.mark.slow

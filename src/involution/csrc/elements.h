@@ -171,6 +171,27 @@ inline void copy_lanes(To* to, const From* from) {
     return;
   }
 #endif
+#if defined(__AVX2__)  // g++ 12 takes apart what one instruction does
+  if constexpr (std::is_same_v<To, float> && std::is_same_v<From, BFloat16> && LANES % 8 == 0) {
+    for (int lane = 0; lane < LANES; lane += 8) {
+      const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + lane)));
+      _mm256_storeu_ps(to + lane, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+    }
+    return;
+  }
+  if constexpr (std::is_same_v<To, BFloat16> && std::is_same_v<From, float> && LANES % 8 == 0) {
+    for (int lane = 0; lane < LANES; lane += 8) {
+      const __m256 floats = _mm256_loadu_ps(from + lane);
+      const __m256i bits = _mm256_castps_si256(floats), odd = _mm256_srli_epi32(_mm256_slli_epi32(bits, 15), 31);
+      const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);  // as `narrow` does
+      const __m256 nan = _mm256_cmp_ps(floats, floats, _CMP_UNORD_Q), quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+      const __m256i rounded = _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, nan)), 16);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane),
+                       _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+    }
+    return;
+  }
+#endif
   // Nor do they of these, where they are for one register.
   if constexpr (LANES >= 4 && (std::is_same_v<To, BFloat16> || std::is_same_v<From, BFloat16>)) {
     using Floats = typename Vector<float, LANES>::type;

@@ -13,6 +13,10 @@
 // Tasks share nothing, or sum in an order that sizes alone decide, so no result depends on how they are dealt out: the same
 // bits for any number of threads. A kernel that is generated never leaves the cache, and neither does its gradient.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "gather.h"
 #include "grad_span.h"
 #include "grad_x.h"
@@ -52,6 +56,17 @@ int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->chan
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
 int involution_grad_kernel(const Problem* p) {
   return p->grad_weight ? run_dtype<GradSpan>(*p, p->output[2], p->output) : run_dtype<GradKernel>(*p, p->channels, p->output);
+}
+
+// Asks for large pages behind fresh memory, of which the first write to each page of 4 KiB would stop for a page fault. A system
+// that has none, or grants none, is only slower.
+void involution_large_pages([[maybe_unused]] void* data, [[maybe_unused]] Index bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t PAGE = 1 << 21;
+  const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(data) + std::uintptr_t(bytes)) / PAGE * PAGE;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
 }
 #pragma GCC visibility pop
 }

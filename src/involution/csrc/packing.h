@@ -8,40 +8,79 @@
 
 namespace {
 
-// One half of the elements of `a` and `b`, in turn.
+// In every `2 * STEP` lanes, STEP of `a` and then STEP of `b`: the lower ones of both, or the upper ones.
+template <int N, int STEP, bool UPPER, class V, int... I>
+inline V halves(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(I / (2 * STEP) * (2 * STEP) + I % STEP + (UPPER ? STEP : 0) + (I / STEP % 2 ? N : 0))...>(a, b);
+}
+// In every four lanes two of `a` and of `b` in turn: the lower ones, or the upper ones.
 template <int N, bool UPPER, class V, int... I>
 inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
-  return shuffle<(I % 2 * N + I / 2 + (UPPER ? N / 2 : 0))...>(a, b);
+  return shuffle<(I / 4 * 4 + I % 4 / 2 + (UPPER ? 2 : 0) + I % 2 * N)...>(a, b);
+}
+
+// Each step exchanges blocks of lanes with rows at a distance, as one instruction can that moves within 128 bits, and then more.
+template <int N, int STEP, class V>
+inline void exchange(V* rows) {
+  constexpr auto lanes = std::make_integer_sequence<int, N>{};
+#pragma GCC unroll 16
+  for (int row = 0; row < N; ++row) {
+    if (row / STEP % 2) continue;
+    const V a = rows[row], b = rows[row + STEP];
+    rows[row] = halves<N, STEP, false>(a, b, lanes);
+    rows[row + STEP] = halves<N, STEP, true>(a, b, lanes);
+  }
+}
+
+// N rows of N lanes become the columns. Four rows at a time, then blocks of four.
+template <int N, class V>
+inline void transpose_rows(V* rows) {
+  constexpr auto lanes = std::make_integer_sequence<int, N>{};
+#pragma GCC unroll 4
+  for (int row = 0; row < N; row += 4) {
+    const V low = interleave<N, false>(rows[row], rows[row + 1], lanes), high = interleave<N, true>(rows[row], rows[row + 1], lanes);
+    const V low2 = interleave<N, false>(rows[row + 2], rows[row + 3], lanes);
+    const V high2 = interleave<N, true>(rows[row + 2], rows[row + 3], lanes);
+    rows[row] = halves<N, 2, false>(low, low2, lanes);
+    rows[row + 1] = halves<N, 2, true>(low, low2, lanes);
+    rows[row + 2] = halves<N, 2, false>(high, high2, lanes);
+    rows[row + 3] = halves<N, 2, true>(high, high2, lanes);
+  }
+  if constexpr (N >= 8) exchange<N, 4>(rows);
+  if constexpr (N >= 16) exchange<N, 8>(rows);
+}
+
+// to[j * to_step + i] = from[i * from_step + j] for i < N and j < j_size; zero for i >= i_size. `from` holds N of each row.
+template <int N, class To, class From>
+inline void transpose_block(To* to, Index to_step, const From* from, Index from_step, Index i_size = N, Index j_size = N) {
+  using Real = std::common_type_t<decltype(widen(To{})), decltype(widen(From{}))>;
+  using V = typename Vector<Real, N>::type;
+  Real lane[N];
+  V rows[N];
+#pragma GCC unroll 16
+  for (int row = 0; row < N; ++row) {
+    rows[row] = V{};
+    if (row >= i_size) continue;
+    copy_lanes<N>(lane, from + row * from_step);
+    rows[row] = load<V>(lane);
+  }
+  transpose_rows<N>(rows);
+#pragma GCC unroll 16
+  for (int row = 0; row < N; ++row) {
+    if (row >= j_size) break;
+    store<V>(lane, rows[row]);
+    copy_lanes<N>(to + row * to_step, lane);
+  }
 }
 
 // to[j * to_step + i] = from[i * from_step + j], in blocks of N x N; the last block of a row or column overlaps the one before.
 template <int N, class To, class From>
 void transpose_blocks(To* to, Index to_step, const From* from, Index from_step, Index i_size, Index j_size) {
-  using Real = std::common_type_t<decltype(widen(To{})), decltype(widen(From{}))>;
-  using V = typename Vector<Real, N>::type;
-  constexpr auto lanes = std::make_integer_sequence<int, N>{};
-  for (Index i = 0; i < i_size; i += N) {
+  for (Index i = 0; i < i_size; i += N)
     for (Index j = 0; j < j_size; j += N) {
       const Index i_from = least(i, i_size - N), j_from = least(j, j_size - N);
-      Real lane[N];
-      V rows[N], mixed[N];
-      for (int row = 0; row < N; ++row) {
-        copy_lanes<N>(lane, from + (i_from + row) * from_step + j_from);
-        rows[row] = load<V>(lane);
-      }
-      for (int stage = 1; stage < N; stage *= 2) {
-        for (int row = 0; row < N / 2; ++row) {
-          mixed[2 * row] = interleave<N, false>(rows[row], rows[row + N / 2], lanes);
-          mixed[2 * row + 1] = interleave<N, true>(rows[row], rows[row + N / 2], lanes);
-        }
-        for (int row = 0; row < N; ++row) rows[row] = mixed[row];
-      }
-      for (int row = 0; row < N; ++row) {
-        store<V>(lane, rows[row]);
-        copy_lanes<N>(to + (j_from + row) * to_step + i_from, lane);
-      }
+      transpose_block<N>(to + j_from * to_step + i_from, to_step, from + i_from * from_step + j_from, from_step);
     }
-  }
 }
 
 // to[j * to_step + i] = from[i * from_step + j].

@@ -20,6 +20,8 @@ _PADDED = 16  # rows of partial sums are whole vectors of any width
 # Lots of partial sums: enough for the threads of a large machine, less where they take much memory. How many never
 # depends on the threads there are, so neither do the bits.
 _LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
+# Allocations from which on glibc takes fresh memory from the system each time; such an output is better in large pages.
+_FRESH_BYTES = 32 << 20
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
 
 
@@ -35,6 +37,7 @@ def description() -> str:
 
 def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
     """Fill `out` with the involution of `x`; the arguments are those of `reference.forward`."""
+    _in_large_pages(out)
     _call("involution_forward", x, kernel, out, stride, padding, dilation)
 
 
@@ -42,6 +45,7 @@ def generated(
     out: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
     """Fill `out` as `reference.generated` does, with the kernel made tile by tile in the cache."""
+    _in_large_pages(out)
     span = (features, _accurate(weight), _accurate(bias))
     _call_generated("involution_forward", x, out, span, (), kernel_size, window)
 
@@ -50,6 +54,7 @@ def generated_grad_x(
     out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
     """Fill `out` with the gradient of x in `generated`, with the kernel made tile by tile in the cache."""
+    _in_large_pages(out)
     span = (features, _accurate(weight), _accurate(bias))
     _call_generated("involution_grad_x", out, grad, span, (), kernel_size, window)
 
@@ -81,11 +86,13 @@ def grad_span(
 
 def grad_x(out: Tensor, grad: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
     """Fill `out` with the gradient of x; the arguments are those of `reference.grad_x`."""
+    _in_large_pages(out)
     _call("involution_grad_x", out, kernel, grad, stride, padding, dilation)
 
 
 def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
     """Fill `out` with the gradient of the kernel; the arguments are those of `reference.grad_kernel`."""
+    _in_large_pages(out)
     _call("involution_grad_kernel", x, out, grad, stride, padding, dilation)
 
 
@@ -117,6 +124,12 @@ def _call_generated(
     given = (features.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
     _run(name, sizes, (x.data_ptr(), 0, y.data_ptr(), *given, *filled), x, window)
+
+
+def _in_large_pages(out: Tensor) -> None:
+    """Spare a large output, which is fresh memory, a page fault for every 4 KiB: they take longer than to fill it."""
+    if out.nbytes >= _FRESH_BYTES:
+        getattr(_library, "involution_large_pages")(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
 
 
 def _accurate(weight: Tensor) -> Tensor:
