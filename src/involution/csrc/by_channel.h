@@ -102,11 +102,6 @@ struct ByChannel : Alone {
     for (Index group = groups.from; group < groups.to; ++group) body(group, p.channels);
   }
 
-  // Taps along `axis` that lie in [0, limit) when the first lies at `position`.
-  Range taps_inside(int axis, Index position, Index limit) const {
-    const Index step = p.dilation[axis], from = most(0, ceil_div(-position, step));
-    return {from, most(from, least(p.kernel[axis], floor_div(limit - 1 - position, step) + 1))};
-  }
   static Element* row_of(void* data, const Index* step, Index batch, Index channel, Index depth, Index row) {
     return static_cast<Element*>(data) + batch * step[0] + channel * step[1] + depth * step[2] + row * step[3];
   }

@@ -20,7 +20,7 @@ struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
     const Index first_depth = task.depth * p.stride[0] - p.padding[0];
     const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
     const Index first_column = task.columns.from * p.stride[2] - p.padding[2];
-    const Range depths = this->taps_inside(0, first_depth, p.input[0]);
+    const Range depths = taps_inside(p, 0, first_depth, p.input[0]);
     const auto packed = [&](Index group, Index depth) {
       return s.x + (group - task.groups.from) * this->chunks * this->x_chunk + depth * this->x_depth;
     };
@@ -40,7 +40,7 @@ struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
       for (Index group = task.groups.from; group < task.groups.to; ++group) {
         this->generate(s, group, {0, taps_of(p)}, vectors);
         for (Index out = outs.from; out < outs.to; ++out) {
-          const Range lines = this->taps_inside(1, out * p.stride[1] - p.padding[1], p.input[1]);
+          const Range lines = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
           this->run_row({task.batch, group, task.depth, out, first, task.columns}, depths, lines, packed(group, depths.from),
                         this->slot((out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1]), s);
         }

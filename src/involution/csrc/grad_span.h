@@ -2,161 +2,56 @@
 
 #pragma once
 
-#include "packing.h"
+#include "by_column.h"
 #include "products.h"
-#include "tasks.h"
 
 namespace {
 
-// Lanes are columns, as those of the products with the weight and the features are pixels. Packed rows of x lie
-// [channel][phase][column / stride], phase = column mod stride, so that the inputs of neighbouring outputs are neighbours for any
-// stride. The gradient of the kernel stays in cache and is multiplied at once into those of the features, of the weight and of
-// the bias. The last two are sums over all tasks: partial ones for each lot of tasks, added up at the end. How many lots there
-// are does not depend on the threads.
+// The gradient of the kernel stays in cache and is multiplied at once into those of the features, of the weight and of the bias.
+// The last two are sums over all tasks: partial ones for each lot of tasks, added up at the end. How many lots there are does
+// not depend on the threads.
 template <class Real, int LANES, class Element>
-struct GradSpan {
-  using V = typename Vector<Real, LANES>::type;
+struct GradSpan : ByColumn<Real, LANES, Element> {
+  using Base = ByColumn<Real, LANES, Element>;
+  using Base::p;
   static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
-  static constexpr bool IN_PAIRS = false;
-  const Problem& p;
-  const Index groups, columns, x_rows, x_columns, x_phase, x_channel;  // the most that a task can have
-  const Index tap_step;                                                // from tap to tap of the gradient of the kernel
-  const Index features_row;                                            // features of a position, in whole vectors
+  const Index tap_step;      // from tap to tap of the gradient of the kernel
+  const Index features_row;  // features of a position, in whole vectors
 
-  struct Scratch {
-    Real *x, *y, *taps;  // taps: [tap][pixel], of all rows of the task
-    Index* offsets;      // of each tap of a line in a packed row
+  struct Scratch : Base::Packed {
+    Real* taps;                      // [tap][pixel], of all rows of the task
     Real *features, *grad_features;  // [pixel][features_row], [channel][pixel]
   };
-  void (GradSpan::*const taps_of_line_)(const Scratch&, const Real*, Real*) const;
 
   GradSpan(const Problem& problem, const Tasks& all)
-      : p(problem),
-        groups(ceil_div(all.groups, all.group_blocks)),
-        columns(ceil_div(ceil_div(all.columns, all.column_blocks), LANES) * LANES),
-        x_rows((ceil_div(all.rows, all.row_blocks) - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
-        x_columns((columns - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
-        x_phase(ceil_div(x_columns, p.stride[2])),
-        x_channel(times(x_phase, p.stride[2])),
-        tap_step(pixels(all)),
-        features_row(ceil_div(p.reduced, WIDEST) * WIDEST),
-        taps_of_line_(choose(p)) {}
+      : Base(problem, all, all.rows, false), tap_step(pixels(all)), features_row(ceil_div(p.reduced, WIDEST) * WIDEST) {}
 
   // Of a task, in an odd number of whole vectors, so that taps spread over the cache; the last row is written in whole vectors.
   Index pixels(const Tasks& all) const {
     const Index rows = ceil_div(all.rows, all.row_blocks), width = ceil_div(all.columns, all.column_blocks);
-    return times(ceil_div(times(rows - 1, width) + columns, WIDEST) | 1, WIDEST);
-  }
-
-  static auto choose(const Problem& p) -> void (GradSpan::*)(const Scratch&, const Real*, Real*) const {
-    if (p.stride[2] == 1 && p.dilation[2] == 1) {
-      if (p.kernel[2] == 3) return &GradSpan::taps_of_line<3, true>;
-      if (p.kernel[2] == 5) return &GradSpan::taps_of_line<5, true>;
-      if (p.kernel[2] == 7) return &GradSpan::taps_of_line<7, true>;
-      if (p.kernel[2] == 9) return &GradSpan::taps_of_line<9, true>;
-    }
-    if (p.kernel[2] % 3 == 0) return &GradSpan::taps_of_line<3, false>;
-    if (p.kernel[2] % 7 == 0) return &GradSpan::taps_of_line<7, false>;
-    return &GradSpan::taps_of_line<1, false>;
+    return times(ceil_div(times(rows - 1, width) + this->y_channel, WIDEST) | 1, WIDEST);
   }
 
   Scratch scratch(Arena& arena) const {
-    return {arena.take<Real>(times(x_channel, x_rows, p.kernel[0], p.channels, groups)),
-            arena.take<Real>(times(p.channels, columns)),
-            arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], tap_step)),
-            arena.take<Index>(p.kernel[2]),
-            arena.take<Real>(times(tap_step, features_row)),
-            arena.take<Real>(times(tap_step, p.reduced))};
-  }
-
-  // Columns from `first` on of `channels` rows, zero outside the image, to [channel][phase][column / stride].
-  void pack(Real* to, const Element* from, Index channel_step, Index column_step, Index first, Index stride, Index phase,
-            Index width) const {
-    const Index wanted = phase * stride;
-    const Range inside = {least(most(0, -first), wanted), most(0, least(wanted, width - first))};
-    std::memset(to, 0, sizeof(Real) * p.channels * wanted);
-    const Element* source = from + first * column_step;
-    if (stride == 1)
-      return pack_planes(to + inside.from, wanted, source + inside.from * column_step, channel_step, column_step,
-                                inside.size(), p.channels);
-    for (Index channel = 0; channel < p.channels; ++channel)
-      for (Index column = inside.from; column < inside.to; ++column)
-        to[channel * wanted + column % stride * phase + column / stride] = widen(source[column * column_step + channel * channel_step]);
-  }
-
-  // UNIT: stride and dilation are one, so that the offset of a tap is its number.
-  template <int K, bool UNIT>
-  void taps_of_line(const Scratch& s, const Real* x, Real* taps) const {
-    for (Index column = 0; column < columns; column += LANES) {
-      for (Index first = 0; first < p.kernel[2]; first += K) {
-        V sums[K] = {};
-        for (Index channel = 0; channel < p.channels; ++channel) {
-          const V grad = load<V>(s.y + channel * columns + column);
-          const Real* row = x + channel * x_channel + column;
-#pragma GCC unroll 16
-          for (int t = 0; t < K; ++t) sums[t] += grad * load<V>(row + (UNIT ? first + t : s.offsets[first + t]));
-        }
-#pragma GCC unroll 16
-        for (int t = 0; t < K; ++t) store<V>(taps + (first + t) * tap_step + column, sums[t]);
-      }
-    }
+    return {Base::packed(arena), arena.take<Real>(times(p.kernel[0], p.kernel[1], p.kernel[2], tap_step)),
+            arena.take<Real>(times(tap_step, features_row)), arena.take<Real>(times(tap_step, p.reduced))};
   }
 
   void run(const Task& task, const Scratch& s, Index lot) const {
-    for (Index t = 0; t < p.kernel[2]; ++t) s.offsets[t] = t * p.dilation[2] % p.stride[2] * x_phase + t * p.dilation[2] / p.stride[2];
-    pack_x(task, s);
+    Base::clear(s);
+    this->pack(task, s, task.rows, 0);
     const Index width = task.columns.size(), used = task.rows.size() * width, vectors = ceil_div(used, WIDEST);
     pack_features(task, s);
     std::memset(s.grad_features, 0, sizeof(Real) * p.reduced * tap_step);
     for (Index group = task.groups.from; group < task.groups.to; ++group) {
-      for (Index out = task.rows.from; out < task.rows.to; ++out)  // each row overwrites what the one before wrote too much
-        taps_of_row(task, s, group, out, s.taps + (out - task.rows.from) * width);
+      for (Index out = task.rows.from; out < task.rows.to; out += this->together)
+        this->taps_of_rows(task, s, task.rows.from, group, {out, least(out + this->together, task.rows.to)},
+                           s.taps + (out - task.rows.from) * width, tap_step, width);
       for (Index tap = 0; tap < taps_of(p); ++tap)
         std::memset(s.taps + tap * tap_step + used, 0, sizeof(Real) * (vectors * WIDEST - used));
       multiply(s, group, lot, used, vectors);
     }
     for (Index row = 0; row < task.rows.size(); ++row) unpack_features(task, s, row);
-  }
-
-  void pack_x(const Task& task, const Scratch& s) const {
-    const Index x_row = p.channels * x_channel, first_column = task.columns.from * p.stride[2] - p.padding[2];
-    const Index first_depth = task.depth * p.stride[0] - p.padding[0];
-    const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
-    const Index rows = (task.rows.size() - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
-    for (Index k = 0; k < p.kernel[0]; ++k) {
-      const Index depth = first_depth + k * p.dilation[0];
-      if (depth < 0 || depth >= p.input[0]) continue;
-      for (Index line = most(0, -first_row); line < least(rows, p.input[1] - first_row); ++line)
-        for (Index group = task.groups.from; group < task.groups.to; ++group)
-          pack(packed(task, s, group) + (k * x_rows + line) * x_row,
-               static_cast<const Element*>(p.x) + task.batch * p.x_stride[0] + group * p.channels * p.x_stride[1] +
-                   depth * p.x_stride[2] + (first_row + line) * p.x_stride[3],
-               p.x_stride[1], p.x_stride[4], first_column, p.stride[2], x_phase, p.input[2]);
-    }
-  }
-  Real* packed(const Task& task, const Scratch& s, Index group) const {
-    return s.x + (group - task.groups.from) * p.kernel[0] * x_rows * p.channels * x_channel;
-  }
-
-  // The gradient of the kernel of one group and output row, [tap][tap_step].
-  void taps_of_row(const Task& task, const Scratch& s, Index group, Index out, Real* to) const {
-    const Index first_depth = task.depth * p.stride[0] - p.padding[0], first_row = task.rows.from * p.stride[1] - p.padding[1];
-    pack(s.y,
-         static_cast<const Element*>(p.y) + task.batch * p.y_stride[0] + group * p.channels * p.y_stride[1] +
-             task.depth * p.y_stride[2] + out * p.y_stride[3],
-         p.y_stride[1], p.y_stride[4], task.columns.from, 1, columns, task.columns.to);
-    for (Index kd = 0; kd < p.kernel[0]; ++kd) {
-      const Index depth = first_depth + kd * p.dilation[0];
-      for (Index kr = 0; kr < p.kernel[1]; ++kr) {
-        const Index line = (out - task.rows.from) * p.stride[1] + kr * p.dilation[1];
-        Real* taps = to + (kd * p.kernel[1] + kr) * p.kernel[2] * tap_step;
-        if (depth < 0 || depth >= p.input[0] || first_row + line < 0 || first_row + line >= p.input[1]) {  // all in the padding
-          for (Index t = 0; t < p.kernel[2]; ++t) std::memset(taps + t * tap_step, 0, sizeof(Real) * columns);
-          continue;
-        }
-        (this->*taps_of_line_)(s, packed(task, s, group) + (kd * x_rows + line) * p.channels * x_channel, taps);
-      }
-    }
   }
 
   // The features of the task's outputs, [pixel][features_row].

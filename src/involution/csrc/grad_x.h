@@ -58,7 +58,7 @@ struct GradX : ByChannel<GRAD_X, Real, WIDTH, Element> {
         this->generate(s, group, {tap * of_depth, (tap + 1) * of_depth}, vectors);
         for (Index out = outs.from; out < outs.to; ++out) {
           const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
-          const Range lines = this->taps_inside(1, position, task.rows.size());
+          const Range lines = taps_inside(p, 1, position, task.rows.size());
           if (lines.size() == 0) continue;
           this->run_row({task.batch, group, depth, out, outs.from, outputs}, {tap, tap + 1}, lines,
                         packed(task, group, s) + first_column * WIDTH, this->slot(position + lines.from * p.dilation[1]), s);

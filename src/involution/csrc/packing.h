@@ -50,9 +50,9 @@ inline void transpose_rows(V* rows) {
   if constexpr (N >= 16) exchange<N, 8>(rows);
 }
 
-// to[j * to_step + i] = from[i * from_step + j] for i < N and j < j_size; zero for i >= i_size. `from` holds N of each row.
+// to[j * to_step + i] = from[i * from_step + j] for i and j < N; zero for i >= i_size.
 template <int N, class To, class From>
-inline void transpose_block(To* to, Index to_step, const From* from, Index from_step, Index i_size = N, Index j_size = N) {
+inline void transpose_block(To* to, Index to_step, const From* from, Index from_step, Index i_size = N) {
   using Real = std::common_type_t<decltype(widen(To{})), decltype(widen(From{}))>;
   using V = typename Vector<Real, N>::type;
   Real lane[N];
@@ -67,7 +67,6 @@ inline void transpose_block(To* to, Index to_step, const From* from, Index from_
   transpose_rows<N>(rows);
 #pragma GCC unroll 16
   for (int row = 0; row < N; ++row) {
-    if (row >= j_size) break;
     store<V>(lane, rows[row]);
     copy_lanes<N>(to + row * to_step, lane);
   }

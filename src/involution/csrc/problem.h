@@ -50,11 +50,18 @@ inline Index most(Index a, Index b) { return a > b ? a : b; }
 struct Range {
   Index from, to;
   Index size() const { return to - from; }
+  bool has(Index index) const { return from <= index && index < to; }
 };
 
 inline Index taps_of(const Problem& p) { return p.kernel[0] * p.kernel[1] * p.kernel[2]; }
 
 inline bool taps_innermost(const Problem& p) { return p.kernel_stride[4] == 1 || p.kernel[2] == 1; }
+
+// Taps along `axis` that lie in [0, limit) when the first lies at `position`.
+inline Range taps_inside(const Problem& p, int axis, Index position, Index limit) {
+  const Index step = p.dilation[axis], from = most(0, ceil_div(-position, step));
+  return {from, most(from, least(p.kernel[axis], floor_div(limit - 1 - position, step) + 1))};
+}
 
 // Whether all taps of a position lie in one run; the stride of an axis of size one means nothing.
 inline bool taps_in_one_run(const Problem& p) {

@@ -129,7 +129,8 @@ def _call_generated(
 def _in_large_pages(out: Tensor) -> None:
     """Spare a large output, which is fresh memory, a page fault for every 4 KiB: they take longer than to fill it."""
     if out.nbytes >= _FRESH_BYTES:
-        getattr(_library, "involution_large_pages")(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+        assert _library is not None
+        _library.involution_large_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
 
 
 def _accurate(weight: Tensor) -> Tensor:
