@@ -102,7 +102,8 @@ def test_the_memory_of_the_operator_is_that_of_its_results():
         memory.peak_mib(bench_op._steps, shape, name, "forward") for name in (contenders.OURS, "unfold formula")
     )
     mib = 64 * 128**2 * 4 / 2**20  # of x, and of the output
-    assert mib <= ours < 3 * mib
+    uncounted = 0.25  # Linux counts resident pages for each processor and adds up 32 of them at a time, here on two
+    assert mib - uncounted <= ours < 3 * mib
     assert 9 * mib < formula  # of x unfolded
 
 
