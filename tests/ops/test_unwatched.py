@@ -204,6 +204,15 @@ def test_what_is_not_watched(context: Callable[[], AbstractContextManager[Any]])
         assert unwatched((torch.zeros(2), torch.ones(1, 2).T, nn.Parameter(X).detach()))
 
 
+def test_inference_mode_records_nothing_whatever_is_enabled(direct: list[object]) -> None:
+    x, kernel = _leaves()
+    for _ in range(2):
+        with torch.inference_mode(), torch.enable_grad():
+            for image in (x, x * 1):
+                assert not _call(image, kernel).requires_grad
+    assert direct == [library.forward] * 3  # all but the first
+
+
 def test_vmap_is_watched() -> None:
     seen: list[bool] = []
     torch.func.vmap(lambda x: seen.append(unwatched((x,))) or x)(X)

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -192,7 +192,7 @@ inline void copy_lanes(To* to, const From* from) {
     return;
   }
 #endif
-  // Nor do they of these, where they are for one register.
+  // Elsewhere they need to be told of vectors of these, too.
   if constexpr (LANES >= 4 && (std::is_same_v<To, BFloat16> || std::is_same_v<From, BFloat16>)) {
     using Floats = typename Vector<float, LANES>::type;
     using Bits = typename Vector<std::uint32_t, LANES>::type;

@@ -59,7 +59,7 @@ def involution(
     """
     given = (stride, padding, dilation)
     if (settings := _settings_before(library.forward, (x, kernel), given)) is not None:
-        return library.call_on_cpu(library.forward, x, kernel, *settings)
+        return library.call_on_cpu(library.forward, (x, kernel), *settings)
     _check_tensor("x", x)
     _check_tensor("kernel", kernel)
     rank = _rank(x)
@@ -124,7 +124,7 @@ def generated_involution(
     given = (kernel_size, stride, padding, dilation)
     before = _settings_before(library.generated, (x, features, weight, bias), given)
     if before is not None:
-        return library.call_on_cpu(library.generated, x, features, weight, bias, *before)
+        return library.call_on_cpu(library.generated, (x, features, weight, bias), *before)
     tensors = {"x": x, "features": features, "weight": weight, "bias": bias}
     for name, value in tensors.items():
         _check_tensor(name, value)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from involution.ops import cpu, flops, reference
-from involution.ops.unwatched import unwatched
+from involution.ops.unwatched import recorded, unwatched
 
 Ints = Sequence[int]
 
@@ -54,14 +54,12 @@ grad_kernel = torch.ops.involution.grad_kernel.default
 
 def call(op: OpOverload, tensors: tuple[Tensor, ...], *settings: Any) -> Any:
     """op(*tensors, *settings), around torch's dispatcher where nothing would notice."""
-    return call_on_cpu(op, *tensors, *settings) if unwatched(tensors) else op(*tensors, *settings)
+    return call_on_cpu(op, tensors, *settings) if unwatched(tensors) else op(*tensors, *settings)
 
 
-def call_on_cpu(op: OpOverload, *args: Any) -> Any:
-    """op(*args) without torch's dispatcher, for tensors that are `unwatched`."""
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        return _recorded[op](*args)
-    return _on_cpu[op](*args)
+def call_on_cpu(op: OpOverload, tensors: tuple[Tensor, ...], *settings: Any) -> Any:
+    """op(*tensors, *settings) without torch's dispatcher, but with derivatives, for tensors that are `unwatched`."""
+    return (_recorded if recorded(tensors) else _on_cpu)[op](*tensors, *settings)
 
 
 def implementations() -> dict[str, str]:
@@ -253,12 +251,12 @@ def _generated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _generated_grad_x(tensors: tuple[Tensor, ...], size: Ints, kernel_size: Ints, *window: Ints) -> Tensor:
     grad, features, weight, bias = tensors
-    return grad_x(grad, reference.span(features, weight, bias, kernel_size), size, *window)
+    return call(grad_x, (grad, reference.span(features, weight, bias, kernel_size)), size, *window)
 
 
 def _grad_span(tensors: tuple[Tensor, ...], kernel_size: Ints, *window: Ints) -> tuple[Tensor, Tensor, Tensor]:
     grad, x, features, weight = tensors
-    kernel = grad_kernel(grad, x, weight.shape[0] // prod(kernel_size), kernel_size, *window)
+    kernel = call(grad_kernel, (grad, x), weight.shape[0] // prod(kernel_size), kernel_size, *window)
     return reference.through_span(kernel, features, weight)
 
 

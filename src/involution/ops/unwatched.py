@@ -8,6 +8,7 @@ from operator import or_
 import torch
 from torch import Tensor, nn
 from torch._C import _dispatch_keys as _tensor_keys
+from torch._C import _dispatch_tls_is_dispatch_key_excluded as _excluded
 from torch._C import _dispatch_tls_local_include_set as _mode_keys
 from torch._C import _len_torch_function_stack as _function_modes
 from torch._C._autograd import _profiler_enabled
@@ -38,3 +39,10 @@ def unwatched(tensors: tuple[Tensor, ...]) -> bool:
     if _mode_keys().raw_repr() not in _ALONE or _function_modes() or forward_ad._current_level >= 0:
         return False
     return all(type(t) in _PLAIN and _tensor_keys(t).raw_repr() in _DENSE for t in tensors)
+
+
+def recorded(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether autograd would record an op on `tensors`: not within `torch.inference_mode`, whatever else is enabled."""
+    if not torch.is_grad_enabled() or _excluded(torch._C.DispatchKey.AutogradFunctionality):
+        return False
+    return any(t.requires_grad for t in tensors)
