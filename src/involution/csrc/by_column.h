@@ -34,13 +34,14 @@ inline void tile_of_taps(Real* taps, Index tap_step, Index taps_next, const Real
 }
 
 // Packed rows of x lie [channel][phase][column / stride], phase = column mod stride, so that the inputs of neighbouring outputs
-// are neighbours for any stride; rows of the output's gradient [channel][column]. Both are zero outside the image; those of x are a ring.
+// are neighbours for any stride; rows of the output's gradient [channel][column]. Both are zero outside the image; those of x are
+// a ring.
 template <class Real, int LANES, class Element>
 struct ByColumn {
   static constexpr bool IN_PAIRS = false, MANY_REGISTERS = sizeof(Real) * LANES == 64;
   const Problem& p;
-  const bool unit;       // taps of a line lie next to each other
-  const Index together;  // rows of outputs that share what they read
+  const bool unit;           // taps of a line lie next to each other
+  const Index together;      // rows of outputs that share what they read
   const bool writes_memory;  // where the gradients are not in cache
   const Index channels, x_rows, y_rows, y_channel, y_row, x_columns, x_phase, x_channel, x_row, x_depth;  // the most of a task
   const Index at_once[3];  // taps of a line, where they are computed at one, two or three rows of outputs
@@ -95,8 +96,9 @@ struct ByColumn {
   Range lines_inside(Index out) const { return taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]); }
 
   // Columns from `first` on of one row, of those inside the image, to [channel][phase][column / stride].
-  void pack_row(Real* to, Index wanted, const Element* from, const Index* step, Index first, Index stride, Index phase, Index width,
-            Index channels) const {
+  static void pack_row(Real* to, const Element* from, const Index* step, Index first, Index stride, Index phase, Index width,
+                       Index channels) {
+    const Index wanted = phase * stride;
     const Range inside = {least(most(0, -first), wanted), most(0, least(wanted, width - first))};
     from += (first + inside.from) * step[4];
     if (stride > 1) {
@@ -120,13 +122,7 @@ struct ByColumn {
         }
         return;
       }
-    for (Index channel = 0; channel < channels; ++channel, from += step[1], to += wanted) {
-      if (step[4] == 1) {
-        copy_run(to, from, inside.size());
-      } else {
-        for (Index column = 0; column < inside.size(); ++column) to[column] = widen(from[column * step[4]]);
-      }
-    }
+    pack_planes(to, wanted, from, step[1], step[4], inside.size(), channels);
   }
 
   // The outputs `outs`, and what they read of the rows of x from `done` on. Returns the first row of x that they do not read.
@@ -135,8 +131,8 @@ struct ByColumn {
     const Element* y = static_cast<const Element*>(p.y) + task.batch * p.y_stride[0] + first_channel * p.y_stride[1] +
                        task.depth * p.y_stride[2];
     for (Index out = outs.from; out < outs.to; ++out)
-      pack_row(s.y + (out - outs.from) * y_row, y_channel, y + out * p.y_stride[3], p.y_stride, task.columns.from, 1,
-               y_channel, task.columns.to, count);
+      pack_row(s.y + (out - outs.from) * y_row, y + out * p.y_stride[3], p.y_stride, task.columns.from, 1, y_channel, task.columns.to,
+               count);
     const Range depths = depths_inside(task);
     const Element* x = static_cast<const Element*>(p.x) + task.batch * p.x_stride[0] + first_channel * p.x_stride[1] +
                        (task.depth * p.stride[0] - p.padding[0]) * p.x_stride[2];
@@ -144,7 +140,7 @@ struct ByColumn {
     const Index end = least(p.input[1], (outs.to - 1) * p.stride[1] - p.padding[1] + reach);
     for (Index line = most(done, outs.from * p.stride[1] - p.padding[1]); line < end; ++line)
       for (Index k = depths.from; k < depths.to; ++k)
-        pack_row(s.x + k * x_depth + (line - first_line) % x_rows * x_row, x_channel,
+        pack_row(s.x + k * x_depth + (line - first_line) % x_rows * x_row,
                  x + k * p.dilation[0] * p.x_stride[2] + line * p.x_stride[3], p.x_stride,
                  task.columns.from * p.stride[2] - p.padding[2], p.stride[2], x_phase, p.input[2], count);
     return most(done, end);
