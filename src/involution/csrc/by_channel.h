@@ -1,23 +1,16 @@
-// What forward, grad_x and grad_kernel share: lanes are channels of a group.
+// What forward and grad_x share: lanes are channels of a group.
 
 #pragma once
 
-#include "dots.h"
 #include "products.h"
 #include "tasks.h"
 #include "tiles.h"
 
 namespace {
 
-// The taps of a row of outputs lie position by position, all groups together: a few rows at a time, so that they are read in
-// the order of memory, while those of the rows to come are fetched; yet the packed rows of a group serve several outputs.
-constexpr Index ROWS_TOGETHER = 2;
-
-enum Pass { FORWARD, GRAD_X, GRAD_KERNEL };
-
 // What the passes have in common. `rows`, `columns`, `y_rows` and `outputs` are the most that a task can have. Rows of x are
 // packed into a ring, each once, when the first outputs come to it.
-template <Pass PASS, class Real, int WIDTH, class Element>
+template <bool FORWARD, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
   const bool generates_taps;
@@ -25,7 +18,6 @@ struct ByChannel : Alone {
   const Index chunks, x_depths, x_columns, y_columns, x_rows, x_row, x_depth, x_chunk, x_groups;
   const bool y_in_place, copies_taps;
   const Index y_chunk;
-  const Index runs;    // of the loops on a row of outputs: those of the gradient of the kernel run on all chunks at once
   const Index pixels;  // of a task, in whole vectors; an odd number of them, so that the rows of a plane spread over the cache
   const Layout at;
   const Row<Real> row;
@@ -38,7 +30,7 @@ struct ByChannel : Alone {
         generates_taps(p.weight != nullptr),
         together(generates_taps ? most(1, y_rows) : ROWS_TOGETHER),
         chunks(ceil_div(p.channels, WIDTH)),
-        x_depths(PASS == GRAD_X ? 1 : p.kernel[0]),
+        x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
         y_columns(outputs),
         x_rows(least(rows, window(p, 1, together))),
@@ -47,29 +39,19 @@ struct ByChannel : Alone {
         x_chunk(times(times(x_columns, x_rows, x_depths) | 1, WIDTH)),
         x_groups(groups),
         y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % WIDTH == 0),
-        copies_taps(!generates_taps && !taps_in_place<PASS == GRAD_KERNEL, Real, Element>(p)),
+        copies_taps(!generates_taps && !taps_in_place<Real, Element>(p)),
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
-        runs(PASS == GRAD_KERNEL ? 1 : chunks),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
-        row(choose()) {}
+        row(choose_row<FORWARD, Real, WIDTH>(at, !generates_taps && taps_innermost(p))) {}
 
-  Row<Real> choose() const {
-    if constexpr (PASS == GRAD_KERNEL) return choose_row_of_dots<Real, WIDTH>(at);
-    else return choose_row<PASS == FORWARD, Real, WIDTH>(at, !generates_taps && taps_innermost(p));
-  }
-
-  // How far along `axis` the inputs of `outputs` outputs reach.
-  static Index window(const Problem& p, int axis, Index outputs) {
-    return (outputs - 1) * p.stride[axis] + (p.kernel[axis] - 1) * p.dilation[axis] + 1;
-  }
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring
 
   Layout layout() const {
     Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, times(p.dilation[1], x_row), y_in_place ? p.y_stride[4] : WIDTH,
-                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], chunks, x_chunk, y_chunk, 0};
+                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], 0};
     if (copies_taps) {
-      const bool innermost = PASS == GRAD_KERNEL || taps_innermost(p);
+      const bool innermost = taps_innermost(p);
       result.tap_column = innermost ? 1 : y_columns;
       result.tap_row = p.kernel[2] * result.tap_column;
       result.tap_depth = p.kernel[1] * result.tap_row;
@@ -80,7 +62,7 @@ struct ByChannel : Alone {
       result.tap_column = pixels;
       result.tap_row = times(p.kernel[2], pixels);
       result.tap_depth = times(p.kernel[1], result.tap_row);
-    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / runs;
+    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / chunks;
     return result;
   }
 
@@ -146,32 +128,19 @@ struct ByChannel : Alone {
       Element* groups = static_cast<Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
       kernel = groups + outputs.group * step[1];
-      coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * runs * count * at.fetched;
+      coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * chunks * count * at.fetched;
       if constexpr (std::is_same_v<Real, Element>) taps = copies_taps ? s.taps : kernel;
-      if (PASS != GRAD_KERNEL && copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
+      if (copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
     }
     Real *values = s.y, *inside = taps + depths.from * at.tap_depth + rows.from * at.tap_row;
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
-    if (PASS != FORWARD && !y_in_place)
-      pack_columns<Real, WIDTH>(s.y, y_chunk, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
-    for (Index chunk = 0; chunk < runs; ++chunk)
+    if (!FORWARD && !y_in_place)
+      pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
+    for (Index chunk = 0; chunk < chunks; ++chunk)
       row(values + chunk * y_chunk, x + chunk * x_chunk, slot, inside, count, depths.size(), rows.size(), at,
           coming + chunk * count * at.fetched);
-    if (PASS == FORWARD && !y_in_place)
+    if (FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
-    if (PASS != GRAD_KERNEL) return;
-    clear_outside(taps, depths, rows, count);
-    if (copies_taps) write_taps(kernel, p, s.taps, count);
-  }
-
-  // Zeros to the gradients of taps on all lines but `depths` x `rows`, which saw nothing but padding.
-  void clear_outside(Real* taps, Range depths, Range rows, Index outputs) const {
-    for (Index depth = 0; depth < p.kernel[0]; ++depth)
-      for (Index row = 0; row < p.kernel[1]; ++row) {
-        if (depths.from <= depth && depth < depths.to && rows.from <= row && row < rows.to) continue;
-        for (Index output = 0; output < outputs; ++output)
-          std::memset(taps + output * at.tap_output + depth * at.tap_depth + row * at.tap_row, 0, sizeof(Real) * p.kernel[2]);
-      }
   }
 };
 

@@ -1,11 +1,10 @@
-// The loop of grad_kernel on packed rows: lanes are channels, whose products are added up for a line of taps at a time, so that
-// the gradients of the taps of an output come out next to one another, as they lie in channels-last memory.
+// The loop of grad_kernel on packed rows. The gradient of a tap is a sum over channels: lanes are four channels at a few outputs of
+// a row, so that all but the last of the sum is vertical, and the four lanes that are left become the gradients of four taps next to
+// one another, as they lie in channels-last memory.
 
 #pragma once
 
-#include <utility>
-
-#include "tiles.h"
+#include "parts.h"
 
 namespace {
 
@@ -15,114 +14,135 @@ inline V fold(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<(I / 4 * 4 + I % 4 / 2 + I % 2 * N)...>(a, b) + shuffle<(I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * N)...>(a, b);
 }
 
-// The sums over the lanes of each of N vectors.
-template <int N, class V>
+// The sums over each SUMMED lanes of as many vectors, next to each other.
+template <int LANES, class V>
 inline V sums_of_lanes(const V* s) {
-  if constexpr (N == 2) {
-    return shuffle<0, 2>(s[0], s[1]) + shuffle<1, 3>(s[0], s[1]);
-  } else {
-    constexpr auto lanes = std::make_integer_sequence<int, N>{};
-    const auto fours = [&](const V* from) {
-      return fold<N>(fold<N>(from[0], from[2], lanes), fold<N>(from[1], from[3], lanes), lanes);
-    };
-    if constexpr (N == 4) {
-      return fours(s);
-    } else {
-      static_assert(N == 8);
-      const V first = fours(s), second = fours(s + 4);
-      return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(first, second) + shuffle<4, 5, 6, 7, 12, 13, 14, 15>(first, second);
-    }
-  }
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
+  if constexpr (LANES == 2) return shuffle<0, 2>(s[0], s[1]) + shuffle<1, 3>(s[0], s[1]);
+  else return fold<LANES>(fold<LANES>(s[0], s[2], lanes), fold<LANES>(s[1], s[3], lanes), lanes);
 }
 
-// Wider vectors than of eight lanes would cost more to add up than they save.
-template <class Real, int WIDTH>
-constexpr int DOT_LANES = lanes_of<Real>(WIDTH) < 8 ? lanes_of<Real>(WIDTH) : 8;
-
-// The gradients of COUNT taps of one output, of neighbouring positions. ALONE: the output's own gradient, of all channels of the
-// group, is `grads`, else it is at `y`. `exact`: nothing is written behind the taps.
-template <class Real, int WIDTH, int COUNT, bool ALONE, class V>
-inline void dots(Real* taps, const V* grads, const Real* y, const Real* x, bool exact, const Layout& at) {
-  constexpr int LANES = DOT_LANES<Real, WIDTH>;
-  V sums[LANES] = {};
-  const auto add = [&](const V* grads, const Real* x) {
+// The gradients of COUNT taps of neighbouring positions, `step` from each other: of SUMMED of them, then of the others. CHUNKS: how
+// many vectors the channels of a group fill, 0: known at run time only; `grads`: the output's own gradients.
+template <class Real, int LANES, int COUNT, int CHUNKS, class V>
+inline void dots(V* results, const V* grads, const Real* x, Index step, Index chunks) {
+  constexpr int ALL = SUMMED<LANES>;
+  V sums[2 * ALL] = {};
+#pragma GCC unroll 4
+  for (Index chunk = 0; chunk < (CHUNKS ? CHUNKS : chunks); ++chunk)
 #pragma GCC unroll 8
-    for (int t = 0; t < COUNT; ++t)
-#pragma GCC unroll 4
-      for (int v = 0; v < WIDTH / LANES; ++v) sums[t] += grads[v] * load<V>(x + t * WIDTH + v * LANES);
+    for (int t = 0; t < COUNT; ++t) sums[t] += grads[chunk] * load<V>(x + t * step + chunk * LANES);
+  results[0] = sums_of_lanes<LANES>(sums);
+  if (COUNT > ALL) results[1] = sums_of_lanes<LANES>(sums + ALL);
+}
+
+// The gradients of COUNT taps at each of the outputs OUTPUT of a vector, `at` places from `taps`. `exact`: nothing is written behind.
+template <class Real, int LANES, int COUNT, class V, int... OUTPUT>
+inline void store_taps(Real* const* taps, Index at, V dots, bool exact, std::integer_sequence<int, OUTPUT...>) {
+  constexpr int ALL = SUMMED<LANES>;
+  constexpr auto lanes = std::make_integer_sequence<int, ALL>{};
+  if (COUNT == ALL || !exact) return (store_some<OUTPUT * ALL>(taps[OUTPUT] + at, dots, lanes), ...);
+  constexpr auto some = std::make_integer_sequence<int, COUNT == 1 ? 1 : 2>{};
+  (store_some<OUTPUT * ALL>(taps[OUTPUT] + at, dots, some), ...);
+  if (COUNT == 3) (store_some<OUTPUT * ALL + 1>(taps[OUTPUT] + at + 1, dots, some), ...);
+}
+
+// The gradients of the taps of a line, `offset` places from `taps`, which end at `end`; zeros where the line, `x`, is null. K = 0: it is
+// known at run time only how many there are, `count`.
+template <class Real, int LANES, int K, int CHUNKS, class V>
+inline void line_of_dots(Real* const* taps, Index offset, Index end, const V* grads, const Real* x, Index step, Index count, Index chunks) {
+  constexpr int ALL = SUMMED<LANES>, MOST = 2 * ALL;
+  const auto store_at = [&](Index at, V result, auto many) {
+    const bool exact = at + ALL > end;  // what is written too much before that is overwritten by taps to come
+    store_taps<Real, LANES, many>(taps, at, result, exact, std::make_integer_sequence<int, LANES / ALL>{});
   };
-  if (ALONE) add(grads, x);
-  for (Index chunk = 0; !ALONE && chunk < at.chunks; ++chunk) {
-    V part[WIDTH / LANES];
-    for (int v = 0; v < WIDTH / LANES; ++v) part[v] = load<V>(y + chunk * at.y_chunk + v * LANES);
-    add(part, x + chunk * at.x_chunk);
-  }
-  const V result = sums_of_lanes<LANES>(sums);
-  if (COUNT == LANES || !exact) return store<V>(taps, result);
-  store_first<COUNT>(taps, result, std::make_integer_sequence<int, COUNT >= 4 ? 4 : COUNT >= 2 ? 2 : 1>{});
+  Index t = 0;
+  const auto run = [&](auto many) {
+    V results[2] = {};
+    if (x) dots<Real, LANES, many, CHUNKS>(results, grads, x + t * step, step, chunks);
+    store_at(offset + t, results[0], std::integral_constant<int, (many < ALL ? int(many) : ALL)>{});
+    if constexpr (many > ALL) store_at(offset + t + ALL, results[1], std::integral_constant<int, many - ALL>{});
+    t += many;
+  };
+  while (t + MOST <= (K ? K : count)) run(std::integral_constant<int, MOST>{});
+  if constexpr (K % MOST) return run(std::integral_constant<int, K % MOST>{});
+  if (K) return;
+  if (t + ALL <= count) run(std::integral_constant<int, ALL>{});
+  while (t < count) run(std::integral_constant<int, 1>{});
 }
 
-// The gradients of all taps of a row of outputs on lines (`depths` x `rows`) of their window; K = 0: known at run time only.
-template <class Real, int WIDTH, int K, bool ALONE>
-void row_of_dots(Real* y, Real* x, Index slot, Real* taps, Index columns, Index depths, Index rows, const Layout& at,
+// Where the loop finds things, the same for all rows of all tasks. Steps are in elements; all taps of an output lie in one run.
+struct Dots {
+  Index depths, rows, taps, stride, dilation;  // of the window; those of a line are in columns
+  Index x_depth, x_row;                        // from line to line of the window in the packed rows, which are a ring
+  Index y_column, tap_output;                  // from output to output
+  Index chunks;                                // vectors of channels of a group
+  Index fetched;                               // bytes of taps to come that are prefetched with each output
+};
+
+// The gradients of all taps of a row of outputs; zeros to those of lines that are not in `depths` and `rows`, as these lie outside
+// the image. The first line inside is at `x + slot`. Packed rows of x lie [column of a part][chunk][part][channel], outputs
+// [column][channel]; `room` is for those of a vector of outputs. K = 0: known at run time only.
+template <class Real, int LANES, int K, int CHUNKS>
+void row_of_dots(const Real* y, const Real* x, Index slot, Real* taps, Index outputs, Range depths, Range rows, const Dots& at, Real* room,
                  const char* coming) {
-  constexpr int LANES = DOT_LANES<Real, WIDTH>, DONE = K / LANES * LANES;
+  constexpr int PARTS = Parts<LANES>::COUNT;
   using V = typename Vector<Real, LANES>::type;
-  const Index end = (depths - 1) * at.tap_depth + (rows - 1) * at.tap_row + at.taps;
-  for (Index column = 0; column < columns; ++column, y += at.y_column, taps += at.tap_output, x += at.stride * WIDTH) {
-    for (const char* fetched = coming + at.fetched; coming < fetched; coming += CACHE_LINE) __builtin_prefetch(coming, 1);
-    V grads[WIDTH / LANES] = {};
+  const Parts<LANES> parts(outputs);
+  const Index chunks = CHUNKS ? CHUNKS : at.chunks, column = chunks * LANES, step = (K ? 1 : at.dilation) * column;
+  const Index count = K ? K : at.taps, end = at.depths * at.rows * count;
+  const Index fetched = ceil_div(PARTS * at.fetched, CACHE_LINE);  // the same number with each output, so that the loop is foreseen
+  Real* of_part[PARTS];
+  const Real* y_of_part[PARTS];
+  for (int part = 0; part < PARTS; ++part) {
+    of_part[part] = taps + parts.first[part] * at.tap_output;
+    y_of_part[part] = y + parts.first[part] * at.y_column;
+  }
+  for (Index output = 0; output < parts.size; ++output, x += at.stride * column) {
+    for (Index i = 0; i < fetched; ++i) __builtin_prefetch(coming + i * CACHE_LINE, 0, 2);
+    coming += PARTS * at.fetched;
+    V few[CHUNKS + 1], *grads = CHUNKS ? few : reinterpret_cast<V*>(room);
 #pragma GCC unroll 4
-    for (int v = 0; ALONE && v < WIDTH / LANES; ++v) grads[v] = load<V>(y + v * LANES);
-    for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
-      const auto run = [&](Index t, auto count) {
-        const bool exact = offset + t + LANES > end;  // what is written too much before that is overwritten by taps to come
-        dots<Real, WIDTH, count, ALONE>(taps + offset + t, grads, y, line + t * at.dilation * WIDTH, exact, at);
-      };
-      if constexpr (K > 0) {
-#pragma GCC unroll 4
-        for (int t = 0; t < DONE; t += LANES) run(t, std::integral_constant<int, LANES>{});
-        if constexpr (K > DONE) run(DONE, std::integral_constant<int, K - DONE>{});
-      } else {
-        for (Index t = 0; t < at.taps; ++t) run(t, std::integral_constant<int, 1>{});
+    for (Index chunk = 0; chunk < chunks; ++chunk) grads[chunk] = join_parts<Real, LANES>(y_of_part, chunk * SUMMED<LANES>);
+    const auto run = [&](Index offset, const Real* line) {
+      line_of_dots<Real, LANES, K, CHUNKS>(of_part, offset, end, grads, line, step, count, chunks);
+    };
+    Index offset = 0;
+    for (Index depth = 0; depth < at.depths; ++depth) {
+      const Range inside = depths.has(depth) ? rows : Range{0, 0};
+      const Real* lines = x + (depth - depths.from) * at.x_depth;
+      Index row = 0, in_ring = slot;
+      for (; row < inside.from; ++row, offset += count) run(offset, nullptr);
+      for (; row < inside.to; ++row, offset += count) {
+        run(offset, lines + in_ring);
+        in_ring += at.x_row;
+        if (in_ring >= at.x_depth) in_ring -= at.x_depth;
       }
-    });
-  }
-}
-
-// A dense copy of the gradients of all taps of a row of outputs to where they belong.
-template <class Real, class Element>
-void write_taps(Element* to, const Problem& p, const Real* from, Index outputs) {
-  const Index *step = p.kernel_stride + 2, taps = taps_of(p);
-  if (taps_in_one_run(p)) {
-    for (Index output = 0; output < outputs; ++output) copy_run(to + output * step[5], from + output * taps, taps);
-    return;
-  }
-  const bool even = step[1] == p.kernel[2] * step[2] && step[0] == p.kernel[1] * step[1];  // from tap to tap, over lines
-  const Index length = even ? taps : p.kernel[2];
-  for (Index first = 0; first < taps; first += length) {
-    const Index line = first / p.kernel[2];
-    Element* target = to + line / p.kernel[1] * step[0] + line % p.kernel[1] * step[1];
-    if (step[5] == 1) {
-      transpose(target, step[2], from + first, taps, outputs, length);
-      continue;
+      for (; row < at.rows; ++row, offset += count) run(offset, nullptr);
     }
-    for (Index output = 0; output < outputs; ++output)
-      for (Index t = 0; t < length; ++t) narrow(from[output * taps + first + t], target[output * step[5] + t * step[2]]);
+    for (int part = 0; part < PARTS; ++part) of_part[part] += at.tap_output, y_of_part[part] += at.y_column;
   }
 }
 
-template <class Real, int WIDTH>
-Row<Real> choose_row_of_dots(const Layout& at) {
-#define VARIANT(K) (at.chunks == 1 ? row_of_dots<Real, WIDTH, K, true> : row_of_dots<Real, WIDTH, K, false>)
-  if (at.dilation == 1) {
-    if (at.taps == 3) return VARIANT(3);
-    if (at.taps == 5) return VARIANT(5);
-    if (at.taps == 7) return VARIANT(7);
-    if (at.taps == 9) return VARIANT(9);
+template <class Real>
+using RowOfDots = void (*)(const Real*, const Real*, Index, Real*, Index, Range, Range, const Dots&, Real*, const char*);
+
+template <class Real, int LANES, int K>
+RowOfDots<Real> choose_chunks(Index chunks) {
+  return chunks == 1   ? row_of_dots<Real, LANES, K, 1>
+         : chunks == 2 ? row_of_dots<Real, LANES, K, 2>
+         : chunks == 4 ? row_of_dots<Real, LANES, K, 4>
+                       : row_of_dots<Real, LANES, K, 0>;
+}
+template <class Real, int LANES>
+RowOfDots<Real> choose_row_of_dots(const Problem& p, Index chunks) {
+  if (p.dilation[2] == 1) {
+    if (p.kernel[2] == 3) return choose_chunks<Real, LANES, 3>(chunks);
+    if (p.kernel[2] == 5) return choose_chunks<Real, LANES, 5>(chunks);
+    if (p.kernel[2] == 7) return choose_chunks<Real, LANES, 7>(chunks);
+    if (p.kernel[2] == 9) return choose_chunks<Real, LANES, 9>(chunks);
   }
-  return VARIANT(0);
-#undef VARIANT
+  return choose_chunks<Real, LANES, 0>(chunks);
 }
 
 }  // namespace

@@ -139,17 +139,28 @@ inline V shuffle(V a, V b) {
 #endif
 }
 
-// Stores the first COUNT lanes of `v` as two parts, of as many lanes as the sequence is long, which may overlap.
-template <int COUNT, class Real, class V, int... I>
-inline void store_first(Real* to, V v, std::integer_sequence<int, I...>) {
+// The lanes of `a`, then those of `b`.
+template <class Real, class V, int... I>
+inline auto joined(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  using Part = typename Vector<Real, sizeof...(I)>::type;
-  store<Part>(to, __builtin_shufflevector(v, v, I...));
-  store<Part>(to + COUNT - sizeof...(I), __builtin_shufflevector(v, v, (COUNT - int(sizeof...(I)) + I)...));
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typename Vector<Real, sizeof...(I)>::type both;
+  std::memcpy(&both, &a, sizeof a);
+  std::memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
+  return both;
+#endif
+}
+
+// Stores lanes of `v`, as many as the sequence is long, from the lane FIRST on.
+template <int FIRST, class Real, class V, int... I>
+inline void store_some(Real* to, V v, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  store<typename Vector<Real, sizeof...(I)>::type>(to, __builtin_shufflevector(v, v, (FIRST + I)...));
 #else
   Real lanes[sizeof(V) / sizeof(Real)];
   store<V>(lanes, v);
-  std::memcpy(to, lanes, sizeof(Real) * COUNT);
+  std::memcpy(to, lanes + FIRST, sizeof(Real) * sizeof...(I));
 #endif
 }
 

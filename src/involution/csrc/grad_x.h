@@ -8,8 +8,8 @@ namespace {
 
 // Each block of x gathers what all outputs that read it scatter into it; here `y` is the output's gradient, which is read.
 template <class Real, int WIDTH, class Element>
-struct GradX : ByChannel<GRAD_X, Real, WIDTH, Element> {
-  using Base = ByChannel<GRAD_X, Real, WIDTH, Element>;
+struct GradX : ByChannel<false, Real, WIDTH, Element> {
+  using Base = ByChannel<false, Real, WIDTH, Element>;
   using Base::p;
 
   GradX(const Problem& p, const Tasks& all)

@@ -7,7 +7,7 @@
 // scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
 //   forward, grad_x   lanes are channels of the group, a tap of the kernel is a scalar that multiplies all lanes, and a
 //                     tile of columns stays in registers, so that a vector read once serves up to K columns;
-//   grad_kernel       lanes are channels, too, and are added up for a line of taps at a time;
+//   grad_kernel       lanes are channels at a few outputs, and are added up for four taps of a line at a time;
 //   ... in planes     (contiguous, or generated) lanes are columns, and a tile of taps at several rows stays in registers.
 // Packing makes strides, element types and image borders vanish from the loops; it costs one copy for every K * K uses.
 // Tasks share nothing, or sum in an order that sizes alone decide, so no result depends on how they are dealt out: the same
@@ -17,7 +17,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "gather.h"
+#include "forward.h"
+#include "grad_kernel.h"
 #include "grad_planes.h"
 #include "grad_span.h"
 #include "grad_x.h"
@@ -57,7 +58,7 @@ int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->chan
 int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
 int involution_grad_kernel(const Problem* p) {
   if (p->grad_weight) return run_dtype<GradSpan>(*p, p->output[2], p->output);
-  if (!taps_in_planes(*p)) return run_dtype<GradKernel>(*p, p->channels, p->output);
+  if (!taps_in_planes(*p)) return run_dtype<GradKernel>(*p, VECTOR_BYTES, p->output);
   const Index lanes = p->output[2] < 16 ? 8 : 16;  // no more than a row has
   return p->dtype == FLOAT32 ? run_lanes<GradPlanes, float, float>(*p, lanes, p->output)
                              : run_lanes<GradPlanes, double, double>(*p, lanes, p->output);

@@ -19,20 +19,20 @@ inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<(I / 4 * 4 + I % 4 / 2 + (UPPER ? 2 : 0) + I % 2 * N)...>(a, b);
 }
 
-// Each step exchanges blocks of lanes with rows at a distance, as one instruction can that moves within 128 bits, and then more.
-template <int N, int STEP, class V>
+// A step of a transposition: of ROWS rows, those APART exchange blocks of STEP lanes.
+template <int N, int STEP, int ROWS = N, int APART = STEP, class V>
 inline void exchange(V* rows) {
   constexpr auto lanes = std::make_integer_sequence<int, N>{};
 #pragma GCC unroll 16
-  for (int row = 0; row < N; ++row) {
-    if (row / STEP % 2) continue;
-    const V a = rows[row], b = rows[row + STEP];
+  for (int row = 0; row < ROWS; ++row) {
+    if (row / APART % 2) continue;
+    const V a = rows[row], b = rows[row + APART];
     rows[row] = halves<N, STEP, false>(a, b, lanes);
-    rows[row + STEP] = halves<N, STEP, true>(a, b, lanes);
+    rows[row + APART] = halves<N, STEP, true>(a, b, lanes);
   }
 }
 
-// N rows of N lanes become the columns. Four rows at a time, then blocks of four.
+// N rows of N lanes become the columns. Four rows at a time, as one instruction can that moves within 128 bits, then blocks of four.
 template <int N, class V>
 inline void transpose_rows(V* rows) {
   constexpr auto lanes = std::make_integer_sequence<int, N>{};
@@ -98,35 +98,38 @@ void transpose(To* to, Index to_step, const From* from, Index from_step, Index i
     for (Index j = 0; j < j_size; ++j) copy_lanes<1>(to + j * to_step + i, from + i * from_step + j);
 }
 
-// Channels at columns `wanted` of one row -> [chunk][column][WIDTH], zero outside the image and beyond the last channel.
+// Channels at columns `wanted` of one row -> chunks of WIDTH of them, `to_chunk` from each other, and `to_column` from column to
+// column; zero outside the image and beyond the last channel.
 template <class Real, int WIDTH, class Element>
-void pack_columns(Real* to, Index chunk_step, const Element* from, Index channel_step, Index column_step, Range wanted,
+void pack_columns(Real* to, Index to_chunk, Index to_column, const Element* from, Index channel_step, Index column_step, Range wanted,
                   Index width, Index channels) {
   const Range inside = {least(most(wanted.from, 0), wanted.to), most(least(wanted.to, width), wanted.from)};
   const Index whole = channels / WIDTH, chunks = ceil_div(channels, WIDTH);
+  to -= wanted.from * to_column;
+  const auto clear = [&](Index chunk, Range columns) {
+    for (Index column = columns.from; column < columns.to; ++column)
+      std::memset(to + chunk * to_chunk + column * to_column, 0, sizeof(Real) * WIDTH);
+  };
   for (Index chunk = 0; chunk < chunks; ++chunk) {
-    Real* row = to + chunk * chunk_step;
-    const Index before = chunk < whole ? inside.from - wanted.from : wanted.size();
-    std::memset(row, 0, sizeof(Real) * WIDTH * before);
-    std::memset(row + (inside.to - wanted.from) * WIDTH, 0, sizeof(Real) * WIDTH * (wanted.to - inside.to));
+    clear(chunk, {wanted.from, chunk < whole ? inside.from : inside.to});
+    clear(chunk, {inside.to, wanted.to});
   }
-  to -= wanted.from * WIDTH;
   const bool by_column = channel_step == 1;
   if (by_column) {  // in the order of memory
     for (Index column = inside.from; column < inside.to; ++column)
       for (Index chunk = 0; chunk < whole; ++chunk)
-        copy_lanes<WIDTH>(to + chunk * chunk_step + column * WIDTH, from + column * column_step + chunk * WIDTH);
+        copy_lanes<WIDTH>(to + chunk * to_chunk + column * to_column, from + column * column_step + chunk * WIDTH);
   }
   for (Index chunk = by_column ? whole : 0; chunk < chunks; ++chunk) {
     const Element* source = from + chunk * WIDTH * channel_step;
-    Real* target = to + chunk * chunk_step;
+    Real* target = to + chunk * to_chunk;
     const Index lanes = least(WIDTH, channels - chunk * WIDTH);
     if (column_step == 1) {
-      transpose(target + inside.from * WIDTH, WIDTH, source + inside.from, channel_step, lanes, inside.size());
+      transpose(target + inside.from * to_column, to_column, source + inside.from, channel_step, lanes, inside.size());
     } else {
       for (Index lane = 0; lane < lanes; ++lane)
         for (Index column = inside.from; column < inside.to; ++column)
-          target[column * WIDTH + lane] = widen(source[column * column_step + lane * channel_step]);
+          target[column * to_column + lane] = widen(source[column * column_step + lane * channel_step]);
     }
   }
 }

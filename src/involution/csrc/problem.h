@@ -31,6 +31,7 @@ enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 inline Index ceil_div(Index a, Index b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 inline Index floor_div(Index a, Index b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+constexpr Index CACHE_LINE = 64;              // bytes
 constexpr Index TOO_MUCH = Index(1) << 56;  // more elements than any memory has
 
 // A product of sizes; TOO_MUCH where it is more than that, so that it stays so in further products.
@@ -61,6 +62,11 @@ inline bool taps_innermost(const Problem& p) { return p.kernel_stride[4] == 1 ||
 inline Range taps_inside(const Problem& p, int axis, Index position, Index limit) {
   const Index step = p.dilation[axis], from = most(0, ceil_div(-position, step));
   return {from, most(from, least(p.kernel[axis], floor_div(limit - 1 - position, step) + 1))};
+}
+
+// How far along `axis` the inputs of `outputs` neighbouring outputs reach.
+inline Index window(const Problem& p, int axis, Index outputs) {
+  return (outputs - 1) * p.stride[axis] + (p.kernel[axis] - 1) * p.dilation[axis] + 1;
 }
 
 // Whether all taps of a position lie in one run; the stride of an axis of size one means nothing.

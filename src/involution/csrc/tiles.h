@@ -8,22 +8,19 @@
 
 namespace {
 
-constexpr Index CACHE_LINE = 64;
-
 // Where the loops find things, the same for all rows of all tasks. Steps are in elements.
 struct Layout {
   Index taps, stride, dilation;                     // of one line of the window, in columns
   Index x_depth, x_row;                             // from line to line of the window in the packed rows, which are a ring
   Index y_column;                                   // from output to output
   Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
-  Index chunks, x_chunk, y_chunk;                   // how many vectors (or pairs) of channels, and from one to the next
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
 // Whether the loops run on the taps where they lie.
-template <bool WRITTEN, class Real, class Element>
+template <class Real, class Element>
 bool taps_in_place(const Problem& p) {
-  return std::is_same_v<Real, Element> && (WRITTEN ? taps_in_one_run(p) : taps_innermost(p) || p.kernel_stride[7] == 1);
+  return std::is_same_v<Real, Element> && (taps_innermost(p) || p.kernel_stride[7] == 1);
 }
 
 // The kernel of one group and row of outputs: a dense copy of the taps at `depths`.

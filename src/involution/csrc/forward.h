@@ -1,4 +1,4 @@
-// Forward and grad_kernel: each output reads its window.
+// The forward pass: each output reads its window.
 
 #pragma once
 
@@ -6,14 +6,14 @@
 
 namespace {
 
-template <Pass PASS, class Real, int WIDTH, class Element>
-struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
-  using Base = ByChannel<PASS, Real, WIDTH, Element>;
+template <class Real, int WIDTH, class Element>
+struct Forward : ByChannel<true, Real, WIDTH, Element> {
+  using Base = ByChannel<true, Real, WIDTH, Element>;
   using Base::p;
 
-  Gather(const Problem& p, const Tasks& all)
-      : Base(p, ceil_div(all.groups, all.group_blocks), Base::window(p, 1, ceil_div(all.rows, all.row_blocks)),
-             Base::window(p, 2, ceil_div(all.columns, all.column_blocks)), ceil_div(all.rows, all.row_blocks),
+  Forward(const Problem& p, const Tasks& all)
+      : Base(p, ceil_div(all.groups, all.group_blocks), window(p, 1, ceil_div(all.rows, all.row_blocks)),
+             window(p, 2, ceil_div(all.columns, all.column_blocks)), ceil_div(all.rows, all.row_blocks),
              ceil_div(all.columns, all.column_blocks)) {}
 
   void run(const Task& task, const typename Base::Scratch& s, Index) const {
@@ -27,11 +27,11 @@ struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
     Index row = most(0, -first_row);  // the next to pack
     for (Index first = task.rows.from; first < task.rows.to; first += this->together) {
       const Range outs = {first, least(first + this->together, task.rows.to)};
-      const Index rows = least(Base::window(p, 1, outs.to - task.rows.from), p.input[1] - first_row);
+      const Index rows = least(window(p, 1, outs.to - task.rows.from), p.input[1] - first_row);
       for (; row < rows; ++row)
         for (Index depth = depths.from; depth < depths.to; ++depth)
           this->for_each_run(task.groups, [&](Index group, Index channels) {
-            pack_columns<Real, WIDTH>(packed(group, depth) + this->slot(row), this->x_chunk,
+            pack_columns<Real, WIDTH>(packed(group, depth) + this->slot(row), this->x_chunk, WIDTH,
                                       Base::row_of(p.x, p.x_stride, task.batch, group * p.channels,
                                                    first_depth + depth * p.dilation[0], first_row + row),
                                       p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], channels);
@@ -48,10 +48,5 @@ struct Gather : ByChannel<PASS, Real, WIDTH, Element> {
     }
   }
 };
-
-template <class Real, int WIDTH, class Element>
-using Forward = Gather<FORWARD, Real, WIDTH, Element>;
-template <class Real, int WIDTH, class Element>
-using GradKernel = Gather<GRAD_KERNEL, Real, WIDTH, Element>;
 
 }  // namespace

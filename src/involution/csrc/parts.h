@@ -1,0 +1,83 @@
+// Rows cut into parts whose outputs share vectors: lanes are a few channels at the same column of each part.
+
+#pragma once
+
+#include "packing.h"
+
+namespace {
+
+// How many channels of one output are in a vector; it has room for that many of LANES / SUMMED outputs.
+template <int LANES>
+constexpr int SUMMED = LANES < 4 ? LANES : 4;
+
+// Of a row of outputs: how many a part has, and the first of each. The last part ends with the row and may overlap the one before.
+template <int LANES>
+struct Parts {
+  static constexpr int COUNT = LANES / SUMMED<LANES>;
+  Index size, first[COUNT];
+  explicit Parts(Index outputs) : size(ceil_div(outputs, COUNT)) {
+    for (int part = 0; part < COUNT; ++part) first[part] = least(part * size, outputs - size);
+  }
+};
+
+// SUMMED elements of each part, `at` places from where `from` says, as one vector.
+template <class Real, int LANES>
+inline auto join_parts(const Real* const* from, Index at) {
+  if constexpr (LANES > 4) {
+    return joined<Real>(join_parts<Real, LANES / 2>(from, at), join_parts<Real, LANES / 2>(from + LANES / 8, at),
+                        std::make_integer_sequence<int, LANES>{});
+  } else {
+    return load<typename Vector<Real, LANES>::type>(*from + at);
+  }
+}
+
+// A row -> [group][column of a part][chunk][part][channel], `columns` of each part, zero outside the image and beyond the last
+// channel of a group. The first part begins at the column `first` of the image, outputs are `stride` columns apart.
+template <class Real, int LANES, class Element>
+void pack_parts(Real* to, Index to_group, const Element* from, Index channel_step, Index column_step, const Parts<LANES>& parts,
+                Index stride, Index first, Index columns, Index width, Index groups, Index channels) {
+  constexpr int ALL = SUMMED<LANES>, PARTS = Parts<LANES>::COUNT;
+  const Index chunks = ceil_div(channels, ALL), all = groups * channels;
+  Index done = 0;  // channels
+  if constexpr (ALL == 4)
+    if (channel_step == 1 && channels % ALL == 0) {  // in the order of memory, whole vectors of channels
+      using V = typename Vector<Real, LANES>::type;
+      done = all / LANES * LANES;
+      for (Index column = first; column < first + columns; ++column, to += chunks * LANES) {
+        Real* target = to;
+        Index chunk = 0;
+        for (Index channel = 0; channel < done; channel += LANES) {
+          V values[PARTS];
+          Real lane[LANES];
+#pragma GCC unroll 4
+          for (int part = 0; part < PARTS; ++part) {
+            const Index source = column + parts.first[part] * stride;
+            values[part] = V{};
+            if (source < 0 || source >= width) continue;
+            copy_lanes<LANES>(lane, from + source * column_step + channel);
+            values[part] = load<V>(lane);
+          }
+          if constexpr (PARTS >= 2) exchange<LANES, 4, PARTS, 1>(values);
+          if constexpr (PARTS >= 4) exchange<LANES, 8, PARTS, 2>(values);
+#pragma GCC unroll 4
+          for (int part = 0; part < PARTS; ++part) {
+            store<V>(target + chunk * LANES, values[part]);
+            if (++chunk == chunks) chunk = 0, target += to_group;
+          }
+        }
+      }
+      to -= columns * chunks * LANES;
+    }
+  while (done < all) {
+    const Index group = done / channels, channel = done % channels;
+    for (int part = 0; part < PARTS; ++part) {
+      const Index begin = first + parts.first[part] * stride;
+      pack_columns<Real, ALL>(to + group * to_group + channel / ALL * LANES + part * ALL, LANES, chunks * LANES,
+                              from + done * channel_step, channel_step, column_step, {begin, begin + columns}, width,
+                              channels - channel);
+    }
+    done += channels - channel;
+  }
+}
+
+}  // namespace
