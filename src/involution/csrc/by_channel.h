@@ -43,7 +43,13 @@ struct ByChannel : Alone {
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
-        row(choose_row<FORWARD, Real, WIDTH>(at, !generates_taps && taps_innermost(p))) {}
+        row(choose()) {}
+
+  Row<Real> choose() const {
+    if constexpr (std::is_same_v<Element, BFloat16>)
+      if (!generates_taps && !copies_taps) return choose_row<FORWARD, Real, BFloat16, WIDTH>(at, true);
+    return choose_row<FORWARD, Real, Real, WIDTH>(at, !generates_taps && taps_innermost(p));
+  }
 
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring
 
@@ -119,25 +125,25 @@ struct ByChannel : Alone {
     const Index *step = p.kernel_stride, count = outputs.columns.size();
     Element* y = row_of(p.y, p.y_stride, outputs.batch, outputs.group * p.channels, outputs.depth, outputs.row) +
                  outputs.columns.from * p.y_stride[4];
-    Real* taps = s.taps;
+    const Index first = depths.from * at.tap_depth + rows.from * at.tap_row;
+    const void* taps = s.taps + first;
     const char* coming = nullptr;  // taps to fetch meanwhile
-    Element* kernel = nullptr;
     if (generates_taps) {
-      taps += (outputs.row - outputs.first) * count;
+      taps = s.taps + first + (outputs.row - outputs.first) * count;
     } else {
-      Element* groups = static_cast<Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
+      const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
-      kernel = groups + outputs.group * step[1];
+      const Element* kernel = groups + outputs.group * step[1];
       coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * chunks * count * at.fetched;
-      if constexpr (std::is_same_v<Real, Element>) taps = copies_taps ? s.taps : kernel;
       if (copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
+      else taps = kernel + first;
     }
-    Real *values = s.y, *inside = taps + depths.from * at.tap_depth + rows.from * at.tap_row;
+    Real* values = s.y;
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
     if (!FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
     for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, inside, count, depths.size(), rows.size(), at,
+      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at,
           coming + chunk * count * at.fetched);
     if (FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);

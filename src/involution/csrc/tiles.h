@@ -17,10 +17,36 @@ struct Layout {
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
-// Whether the loops run on the taps where they lie.
+// Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other.
 template <class Real, class Element>
 bool taps_in_place(const Problem& p) {
+  if (std::is_same_v<Element, BFloat16>) return p.kernel_stride[4] == 1 && p.kernel[2] > 1;
   return std::is_same_v<Real, Element> && (taps_innermost(p) || p.kernel_stride[7] == 1);
+}
+
+// A tap, to multiply a vector V with.
+template <class V, class Real>
+inline Real factor(const Real* tap, bool) {
+  return *tap;
+}
+template <class V, class Real, int... I>
+inline V splat(Real value, std::integer_sequence<int, I...>) {
+  return V{(static_cast<void>(I), value)...};
+}
+// A word holds two of bfloat16, each the upper half of a float: a tap is read with the one before it (FIRST: behind it). The word is
+// read as a float, since g++ would take integers apart before they reach the vector.
+template <class V>
+inline V factor(const BFloat16* tap, bool first) {
+  constexpr int LANES = sizeof(V) / sizeof(float);
+  using Bits = typename Vector<std::uint32_t, LANES>::type;
+  float pair;
+  std::memcpy(&pair, tap - (first ? 0 : 1), sizeof pair);
+  V value = splat<V>(pair, std::make_integer_sequence<int, LANES>{});
+  Bits bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = first ? bits << 16 : bits & 0xffff0000;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
 }
 
 // The kernel of one group and row of outputs: a dense copy of the taps at `depths`.
@@ -61,28 +87,28 @@ inline void for_each_line(Real* x, Index slot, Index depths, Index rows, const L
 }
 
 // The taps of a tile: a pointer for each output (taps innermost) or each tap, the same for all lines.
-template <class Real, int K, bool TAPS_INNERMOST, int COLUMNS>
+template <class Tap, int K, bool TAPS_INNERMOST, int COLUMNS>
 struct TileTaps {
   static constexpr int POINTERS = TAPS_INNERMOST ? COLUMNS : K > 0 ? K : 1;
-  const Real* at[POINTERS];
-  TileTaps(const Real* first, const Layout& layout) {
+  const Tap* at[POINTERS];
+  TileTaps(const Tap* first, const Layout& layout) {
 #pragma GCC unroll 16
     for (int i = 0; i < POINTERS; ++i)
       at[i] = first + i * (TAPS_INNERMOST ? layout.tap_output : layout.tap_column);
   }
-  Real operator()(Index line, int column, int tap) const {
-    return TAPS_INNERMOST ? at[column][line + tap] : at[tap][line + column];
+  const Tap* operator()(Index line, int column, int tap) const {
+    return TAPS_INNERMOST ? at[column] + line + tap : at[tap] + line + column;
   }
 };
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels. K, S = 0: known at run time only.
-template <class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void gather_tile(Real* y, Real* x, Index slot, const Real* taps, Index depths, Index rows, const Layout& at) {
+template <class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
-  const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(taps, at);
+  const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
   for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
     if constexpr (K > 0) {
 #pragma GCC unroll 32
@@ -93,17 +119,17 @@ inline void gather_tile(Real* y, Real* x, Index slot, const Real* taps, Index de
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
-          const Real factor = tap(offset, column, t);
-          for (int v = 0; v < VECTORS; ++v) sums[column][v] += factor * values[v];
+          const auto tap = factor<V>(taps_of_tile(offset, column, t), t == 0);
+          for (int v = 0; v < VECTORS; ++v) sums[column][v] += tap * values[v];
         }
       }
     } else {
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const Real factor = taps[offset + column * at.tap_output + t * at.tap_column];
+          const auto tap = factor<V>(taps + offset + column * at.tap_output + t * at.tap_column, t == 0);
           const Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
-          for (int v = 0; v < VECTORS; ++v) sums[column][v] += factor * load<V>(position + v * LANES);
+          for (int v = 0; v < VECTORS; ++v) sums[column][v] += tap * load<V>(position + v * LANES);
         }
     }
   });
@@ -113,15 +139,15 @@ inline void gather_tile(Real* y, Real* x, Index slot, const Real* taps, Index de
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void scatter_tile(Real* y, Real* x, Index slot, const Real* taps, Index depths, Index rows, const Layout& at) {
+template <class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
+inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
 #pragma GCC unroll 8
   for (int column = 0; column < COLUMNS; ++column)
     for (int v = 0; v < VECTORS; ++v) grads[column][v] = load<V>(y + column * at.y_column + v * LANES);
-  const TileTaps<Real, K, TAPS_INNERMOST, COLUMNS> tap(taps, at);
+  const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
   for_each_line(x, slot, depths, rows, at, [&](Real* line, Index offset) {
     if constexpr (K > 0) {
 #pragma GCC unroll 32
@@ -132,8 +158,8 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Real* taps, Index d
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
-          const Real factor = tap(offset, column, t);
-          for (int v = 0; v < VECTORS; ++v) sums[v] += factor * grads[column][v];
+          const auto tap = factor<V>(taps_of_tile(offset, column, t), t == 0);
+          for (int v = 0; v < VECTORS; ++v) sums[v] += tap * grads[column][v];
         }
         for (int v = 0; v < VECTORS; ++v) store<V>(line + position * WIDTH + v * LANES, sums[v]);
       }
@@ -141,27 +167,28 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Real* taps, Index d
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const Real factor = taps[offset + column * at.tap_output + t * at.tap_column];
+          const auto tap = factor<V>(taps + offset + column * at.tap_output + t * at.tap_column, t == 0);
           Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
           for (int v = 0; v < VECTORS; ++v)
-            store<V>(position + v * LANES, load<V>(position + v * LANES) + factor * grads[column][v]);
+            store<V>(position + v * LANES, load<V>(position + v * LANES) + tap * grads[column][v]);
         }
     }
   });
 }
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
-template <bool FORWARD, class Real, int WIDTH, int K, int S, bool TAPS_INNERMOST>
-void row_of_tiles(Real* y, Real* x, Index slot, Real* taps, Index columns, Index depths, Index rows, const Layout& at,
+template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST>
+void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
   Index column = 0;
   const auto run = [&](auto width) {
-    constexpr auto tile = FORWARD ? gather_tile<Real, WIDTH, K, S, TAPS_INNERMOST, width>
-                                  : scatter_tile<Real, WIDTH, K, S, TAPS_INNERMOST, width>;
+    constexpr auto tile = FORWARD ? gather_tile<Real, Tap, WIDTH, K, S, TAPS_INNERMOST, width>
+                                  : scatter_tile<Real, Tap, WIDTH, K, S, TAPS_INNERMOST, width>;
     for (; column + width <= columns; column += width) {
       for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
-      tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot, taps + column * at.tap_output, depths, rows, at);
+      tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot, static_cast<const Tap*>(taps) + column * at.tap_output, depths,
+           rows, at);
     }
   };
   run(std::integral_constant<int, 7>{});
@@ -170,12 +197,14 @@ void row_of_tiles(Real* y, Real* x, Index slot, Real* taps, Index columns, Index
 }
 
 template <class Real>
-using Row = void (*)(Real*, Real*, Index, Real*, Index, Index, Index, const Layout&, const char*);
+using Row = void (*)(Real*, Real*, Index, const void*, Index, Index, Index, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
-template <bool FORWARD, class Real, int WIDTH>
+template <bool FORWARD, class Real, class Tap, int WIDTH>
 Row<Real> choose_row(const Layout& at, bool innermost) {
-#define VARIANT(K, S) (innermost ? row_of_tiles<FORWARD, Real, WIDTH, K, S, true> : row_of_tiles<FORWARD, Real, WIDTH, K, S, false>)
+#define VARIANT(K, S)                                                             \
+  (innermost || !std::is_same_v<Real, Tap> ? row_of_tiles<FORWARD, Real, Tap, WIDTH, K, S, true> \
+                                           : row_of_tiles<FORWARD, Real, Real, WIDTH, K, S, false>)
   if constexpr (sizeof(Real) == 4) {
     if (at.dilation == 1 && at.stride == 1) {
       if (at.taps == 3) return VARIANT(3, 1);
