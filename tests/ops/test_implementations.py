@@ -111,7 +111,7 @@ def test_groups_without_channels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mib", [8, 64])
-def test_large_outputs_lie_in_large_pages(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
+def test_large_outputs_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text() or implementations()["cpu"].startswith("reference"):
         pytest.skip("this system grants no large pages, or nothing asks for them")
@@ -121,24 +121,20 @@ def test_large_outputs_lie_in_large_pages(monkeypatch: pytest.MonkeyPatch, mib: 
     out = torch.ops.involution.forward(x, torch.ones(1).expand(1, 1, 1, columns), (1,), (0,), (1,))
     assert out.nbytes == mib << 20
     assert torch.equal(out, x)
-    mapping = _mapping(out.data_ptr() + out.nbytes // 2)
-    assert "hg" in mapping["VmFlags:"]  # large pages were asked for
-    if mib >= 32:  # of less glibc may have had the memory already
-        assert int(mapping["AnonHugePages:"][0]) > 0
+    assert "hg" in _flags(out.data_ptr() + out.nbytes // 2)  # whether they are granted is for the system to decide
 
 
-def _mapping(address: int) -> dict[str, list[str]]:
-    """What Linux tells of the mapping of this process that holds `address`."""
-    found: dict[str, list[str]] = {}
+def _flags(address: int) -> list[str]:
+    """Of the mapping of this process that holds `address`, as Linux writes them."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
         if "-" in name and not name.endswith(":"):
             first, last = (int(end, 16) for end in name.split("-"))
             inside = first <= address < last
-        elif inside:
-            found[name] = rest
-    return found
+        elif inside and name == "VmFlags:":
+            return rest
+    raise LookupError(hex(address))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ struct ByChannel : Alone {
   ByChannel(const Problem& problem, Index groups, Index rows, Index columns, Index y_rows, Index outputs)
       : p(problem),
         generates_taps(p.weight != nullptr),
-        together(generates_taps ? most(1, y_rows) : ROWS_TOGETHER),
+        together(generates_taps ? most(1, y_rows) : FORWARD ? 1 : rows_together()),
         chunks(ceil_div(p.channels, WIDTH)),
         x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
@@ -45,6 +45,14 @@ struct ByChannel : Alone {
         at(layout()),
         row(choose()) {}
 
+  // The taps of a row of outputs lie position by position, all groups together. So all groups run on a row in turn, while the
+  // taps of the next are fetched. Where outputs are added to x, two rows at a time add to the same rows of it, unless their taps
+  // are too many for the second-level cache. This decides the order of sums, so it must not depend on how an op is cut.
+  Index rows_together() const {
+    constexpr Index SECOND_LEVEL = 512 << 10;
+    return times(4, taps_of(p), p.groups, p.output[2], Index(sizeof(Element))) <= SECOND_LEVEL ? 2 : 1;
+  }
+
   Row<Real> choose() const {
     if constexpr (std::is_same_v<Element, BFloat16>)
       if (!generates_taps && !copies_taps) return choose_row<FORWARD, Real, BFloat16, WIDTH>(at, true);
@@ -54,8 +62,9 @@ struct ByChannel : Alone {
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring
 
   Layout layout() const {
-    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, times(p.dilation[1], x_row), y_in_place ? p.y_stride[4] : WIDTH,
-                     p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], 0};
+    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, times(p.dilation[1], x_row),
+                     y_in_place ? p.y_stride[4] : WIDTH, p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4],
+                     p.kernel_stride[7], 0};
     if (copies_taps) {
       const bool innermost = taps_innermost(p);
       result.tap_column = innermost ? 1 : y_columns;
@@ -68,7 +77,7 @@ struct ByChannel : Alone {
       result.tap_column = pixels;
       result.tap_row = times(p.kernel[2], pixels);
       result.tap_depth = times(p.kernel[1], result.tap_row);
-    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / chunks;
+    } else if (taps_in_one_run(p)) result.fetched = taps_of(p) * Index(sizeof(Element)) / most(1, chunks);
     return result;
   }
 
@@ -134,7 +143,7 @@ struct ByChannel : Alone {
       const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
       const Element* kernel = groups + outputs.group * step[1];
-      coming = reinterpret_cast<const char*>(groups + ROWS_TOGETHER * step[6]) + outputs.group * chunks * count * at.fetched;
+      coming = reinterpret_cast<const char*>(groups + together * step[6]) + outputs.group * chunks * count * at.fetched;
       if (copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
       else taps = kernel + first;
     }

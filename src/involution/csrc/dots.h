@@ -1,6 +1,6 @@
-// The loop of grad_kernel on packed rows. The gradient of a tap is a sum over channels: lanes are four channels at a few outputs of
-// a row, so that all but the last of the sum is vertical, and the four lanes that are left become the gradients of four taps next to
-// one another, as they lie in channels-last memory.
+// The loop of grad_kernel on packed rows. The gradient of a tap is a sum over channels: lanes are four channels at a few outputs
+// of a row, so that all but the last of the sum is vertical, and the four lanes that are left become the gradients of four taps
+// next to one another, as they lie in channels-last memory.
 
 #pragma once
 
@@ -36,7 +36,7 @@ inline void dots(V* results, const V* grads, const Real* x, Index step, Index ch
   if (COUNT > ALL) results[1] = sums_of_lanes<LANES>(sums + ALL);
 }
 
-// The gradients of COUNT taps at each of the outputs OUTPUT of a vector, `at` places from `taps`. `exact`: nothing is written behind.
+// The gradients of COUNT taps at each of the outputs OUTPUT of a vector, `at` places from `taps`. `exact`: no more is written.
 template <class Real, int LANES, int COUNT, class V, int... OUTPUT>
 inline void store_taps(Real* const* taps, Index at, V dots, bool exact, std::integer_sequence<int, OUTPUT...>) {
   constexpr int ALL = SUMMED<LANES>;
@@ -44,13 +44,14 @@ inline void store_taps(Real* const* taps, Index at, V dots, bool exact, std::int
   if (COUNT == ALL || !exact) return (store_some<OUTPUT * ALL>(taps[OUTPUT] + at, dots, lanes), ...);
   constexpr auto some = std::make_integer_sequence<int, COUNT == 1 ? 1 : 2>{};
   (store_some<OUTPUT * ALL>(taps[OUTPUT] + at, dots, some), ...);
-  if (COUNT == 3) (store_some<OUTPUT * ALL + 1>(taps[OUTPUT] + at + 1, dots, some), ...);
+  if constexpr (COUNT == 3) (store_some<OUTPUT * ALL + 1>(taps[OUTPUT] + at + 1, dots, some), ...);
 }
 
-// The gradients of the taps of a line, `offset` places from `taps`, which end at `end`; zeros where the line, `x`, is null. K = 0: it is
-// known at run time only how many there are, `count`.
+// The gradients of the taps of a line, `offset` places from `taps`, which end at `end`; zeros where the line, `x`, is null.
+// K = 0: it is known at run time only how many there are, `count`.
 template <class Real, int LANES, int K, int CHUNKS, class V>
-inline void line_of_dots(Real* const* taps, Index offset, Index end, const V* grads, const Real* x, Index step, Index count, Index chunks) {
+inline void line_of_dots(Real* const* taps, Index offset, Index end, const V* grads, const Real* x, Index step, Index count,
+                         Index chunks) {
   constexpr int ALL = SUMMED<LANES>, MOST = 2 * ALL;
   const auto store_at = [&](Index at, V result, auto many) {
     const bool exact = at + ALL > end;  // what is written too much before that is overwritten by taps to come
@@ -65,10 +66,13 @@ inline void line_of_dots(Real* const* taps, Index offset, Index end, const V* gr
     t += many;
   };
   while (t + MOST <= (K ? K : count)) run(std::integral_constant<int, MOST>{});
-  if constexpr (K % MOST) return run(std::integral_constant<int, K % MOST>{});
-  if (K) return;
-  if (t + ALL <= count) run(std::integral_constant<int, ALL>{});
-  while (t < count) run(std::integral_constant<int, 1>{});
+  if constexpr (K > 0) {
+    static_assert(K % MOST);
+    run(std::integral_constant<int, K % MOST>{});
+  } else {
+    if (t + ALL <= count) run(std::integral_constant<int, ALL>{});
+    while (t < count) run(std::integral_constant<int, 1>{});
+  }
 }
 
 // Where the loop finds things, the same for all rows of all tasks. Steps are in elements; all taps of an output lie in one run.
@@ -84,8 +88,8 @@ struct Dots {
 // the image. The first line inside is at `x + slot`. Packed rows of x lie [column of a part][chunk][part][channel], outputs
 // [column][channel]; `room` is for those of a vector of outputs. K = 0: known at run time only.
 template <class Real, int LANES, int K, int CHUNKS>
-void row_of_dots(const Real* y, const Real* x, Index slot, Real* taps, Index outputs, Range depths, Range rows, const Dots& at, Real* room,
-                 const char* coming) {
+void row_of_dots(const Real* y, const Real* x, Index slot, Real* taps, Index outputs, Range depths, Range rows, const Dots& at,
+                 Real* room, const char* coming) {
   constexpr int PARTS = Parts<LANES>::COUNT;
   using V = typename Vector<Real, LANES>::type;
   const Parts<LANES> parts(outputs);

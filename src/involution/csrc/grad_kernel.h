@@ -1,4 +1,4 @@
-// grad_kernel where the taps of an output lie next to one another, as they do in channels-last tensors, and where nothing else fits.
+// grad_kernel where the taps of an output lie next to one another, as in channels-last tensors, and where nothing else fits.
 
 #pragma once
 
@@ -51,7 +51,7 @@ struct GradKernel : Alone {
         column(times(chunks, LANES)),
         x_columns(window(p, 2, Parts<LANES>(outputs).size)),
         x_row(times(x_columns, column)),
-        x_rows(window(p, 1, least(ROWS_TOGETHER, ceil_div(all.rows, all.row_blocks)))),
+        x_rows(window(p, 1, 1)),
         x_depth(times(x_row, x_rows)),
         x_group(times(times(x_columns, chunks, x_rows, p.kernel[0]) | 1, LANES)),  // odd, so that groups spread over the cache
         at(layout()),
@@ -71,27 +71,20 @@ struct GradKernel : Alone {
             arena.take<Real>(in_place ? 0 : times(outputs, taps_of(p))), arena.take<Real>(column)};
   }
 
-  // Some rows of outputs that all groups run on in turn, the first of which packs what they read.
-  struct Rows {
-    Range outs, lines[ROWS_TOGETHER];  // lines of the window that lie inside the image
-    Index slots[ROWS_TOGETHER];        // where the first of these are in the ring
-  };
-
+  // The taps of a row of outputs lie position by position, all groups together. So all groups run on a row in turn, while the
+  // places of the next row are fetched.
   void run(const Task& task, const Scratch& s, Index) const {
     const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
     const Range depths = taps_inside(p, 0, task.depth * p.stride[0] - p.padding[0], p.input[0]);
     const Parts<LANES> parts(task.columns.size());
     Index line = most(0, -first_row);  // the next to pack
-    for (Index first = task.rows.from; first < task.rows.to; first += ROWS_TOGETHER) {
-      Rows rows = {{first, least(first + ROWS_TOGETHER, task.rows.to)}, {}, {}};
-      const Index lines = least(window(p, 1, rows.outs.to - task.rows.from), p.input[1] - first_row);
+    for (Index out = task.rows.from; out < task.rows.to; ++out) {
+      const Index lines = least(window(p, 1, out + 1 - task.rows.from), p.input[1] - first_row);
       for (; line < lines; ++line) pack_x(task, parts, depths, first_row, line, s);
-      for (Index out = first; out < rows.outs.to; ++out) {
-        Range& inside = rows.lines[out - first] = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
-        if (inside.size() == 0) inside = {0, 0};
-        rows.slots[out - first] = ((out - task.rows.from) * p.stride[1] + inside.from * p.dilation[1]) % x_rows * x_row;
-      }
-      for (Index group = task.groups.from; group < task.groups.to; ++group) run_group(task, group, rows, depths, s);
+      Range inside = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
+      if (inside.size() == 0) inside = {0, 0};
+      const Index first_line = (out - task.rows.from) * p.stride[1] + inside.from * p.dilation[1];
+      run_row(task, out, depths, inside, first_line % x_rows * x_row, s);
     }
   }
 
@@ -105,24 +98,29 @@ struct GradKernel : Alone {
                               window(p, 2, parts.size), p.input[2], task.groups.size(), p.channels);
   }
 
-  void run_group(const Task& task, Index group, const Rows& rows, Range depths, const Scratch& s) const {
-    const Index *step = p.kernel_stride, count = task.columns.size(), local = group - task.groups.from;
-    Element* all = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + task.depth * step[5] + task.columns.from * step[7];
-    const Element* y = static_cast<const Element*>(p.y) + task.batch * p.y_stride[0] + group * p.channels * p.y_stride[1] +
-                       task.depth * p.y_stride[2] + task.columns.from * p.y_stride[4];
-    for (Index r = 0; r < rows.outs.size(); ++r) {
-      Element* groups_of_row = all + (rows.outs.from + r) * step[6];
-      const char* coming = reinterpret_cast<const char*>(groups_of_row + ROWS_TOGETHER * step[6]) + group * count * at.fetched;
+  // A row of outputs, and lines (`depths` x `rows`) of their window; the first of these is at `slot` in the ring.
+  void run_row(const Task& task, Index out, Range depths, Range rows, Index slot, const Scratch& s) const {
+    const Index *step = p.kernel_stride, *y_step = p.y_stride, count = task.columns.size();
+    Element* kernel = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + task.depth * step[5] + out * step[6] +
+                      task.columns.from * step[7];
+    const Element* y = static_cast<const Element*>(p.y) + task.batch * y_step[0] + task.depth * y_step[2] + out * y_step[3] +
+                       task.columns.from * y_step[4];
+    for (Index group = task.groups.from; group < task.groups.to; ++group) {
+      const Index local = group - task.groups.from;
+      Element* target = kernel + group * step[1];
+      const Element* source = y + group * p.channels * y_step[1];
       Real* taps = s.taps;
-      if constexpr (std::is_same_v<Real, Element>) taps = in_place ? groups_of_row + group * step[1] : s.taps;
-      const Element* y_row = y + (rows.outs.from + r) * p.y_stride[3];
       const Real* values = s.y;
-      if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y_row : s.y;
+      if constexpr (std::is_same_v<Real, Element>) {
+        if (in_place) taps = target;
+        if (y_in_place) values = source;
+      }
       if (!y_in_place)
-        pack_columns<Real, SUMMED<LANES>>(s.y, SUMMED<LANES>, at.y_column, y_row, p.y_stride[1], p.y_stride[4], {0, count}, count,
+        pack_columns<Real, SUMMED<LANES>>(s.y, SUMMED<LANES>, at.y_column, source, y_step[1], y_step[4], {0, count}, count,
                                           p.channels);
-      row(values, s.x + local * x_group + depths.from * x_depth, rows.slots[r], taps, count, depths, rows.lines[r], at, s.room, coming);
-      if (!in_place) write_taps(groups_of_row + group * step[1], p, s.taps, count);
+      row(values, s.x + local * x_group + depths.from * x_depth, slot, taps, count, depths, rows, at, s.room,
+          reinterpret_cast<const char*>(kernel + step[6]) + group * count * at.fetched);
+      if (!in_place) write_taps(target, p, s.taps, count);
     }
   }
 };

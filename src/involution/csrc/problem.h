@@ -31,7 +31,7 @@ enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 inline Index ceil_div(Index a, Index b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 inline Index floor_div(Index a, Index b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-constexpr Index CACHE_LINE = 64;              // bytes
+constexpr Index CACHE_LINE = 64;             // bytes
 constexpr Index TOO_MUCH = Index(1) << 56;  // more elements than any memory has
 
 // A product of sizes; TOO_MUCH where it is more than that, so that it stays so in further products.

@@ -18,10 +18,6 @@ constexpr Index LEAST_ROWS_PER_TASK = 7;            // whose windows overlap wit
 constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated: the taps of one group stay in the second-level cache
 [[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
 
-// The taps of a row of outputs lie position by position, all groups together: a few rows at a time, so that they are read in
-// the order of memory, while those of the rows to come are fetched; yet the packed rows of a group serve several outputs.
-constexpr Index ROWS_TOGETHER = 2;
-
 // How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups.
 struct Tasks {
   Index depths, rows, columns, groups;                      // extents

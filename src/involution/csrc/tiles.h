@@ -33,8 +33,9 @@ template <class V, class Real, int... I>
 inline V splat(Real value, std::integer_sequence<int, I...>) {
   return V{(static_cast<void>(I), value)...};
 }
-// A word holds two of bfloat16, each the upper half of a float: a tap is read with the one before it (FIRST: behind it). The word is
-// read as a float, since g++ would take integers apart before they reach the vector.
+// A word holds two of bfloat16, each the upper half of a float. A tap is read with the one before it, as the upper half of both;
+// the first of a line with the one behind it, as nothing before it need exist. The word is read as a float, since g++ would take
+// integers apart before they reach the vector.
 template <class V>
 inline V factor(const BFloat16* tap, bool first) {
   constexpr int LANES = sizeof(V) / sizeof(float);
@@ -187,8 +188,8 @@ void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns,
     for (; column + width <= columns; column += width) {
       for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
-      tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot, static_cast<const Tap*>(taps) + column * at.tap_output, depths,
-           rows, at);
+      tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot,
+           static_cast<const Tap*>(taps) + column * at.tap_output, depths, rows, at);
     }
   };
   run(std::integral_constant<int, 7>{});
