@@ -20,9 +20,9 @@ _PADDED = 16  # rows of partial sums are whole vectors of any width
 # Lots of partial sums: enough for the threads of a large machine, less where they take much memory. How many never
 # depends on the threads there are, so neither do the bits.
 _LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
-# Outputs from which on large pages pay. Their memory is often fresh from the system: glibc maps 32 MiB and more anew
-# each time, and gives less back, too, when it comes to lie at the end of the heap.
-_LARGE_BYTES = 4 << 20
+# Allocations from which on glibc takes fresh memory from the system each time; such an output is better in large pages.
+# Smaller ones share the heap with others, which would then take up large pages, too: more memory than they need.
+_LARGE_BYTES = 32 << 20
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
 
 
@@ -128,7 +128,7 @@ def _call_generated(
 
 
 def _in_large_pages(out: Tensor) -> None:
-    """Spare a large output, if it is fresh memory, a page fault for every 4 KiB: they take longer than to fill it."""
+    """Spare a large output, which is fresh memory, a page fault for every 4 KiB: they take longer than to fill it."""
     if out.nbytes >= _LARGE_BYTES:
         assert _library is not None
         _library.involution_large_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
