@@ -14,7 +14,9 @@ template <bool FORWARD, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
   const bool generates_taps;
-  const Index together;  // rows of outputs that all groups run on in turn: where taps are generated, those of the whole task
+  // Rows of outputs that all groups run on in turn. Given taps lie position by position, all groups together, so these run on one
+  // row, while the taps of the next are fetched; where taps are generated, on all rows of the task.
+  const Index together;
   const Index chunks, x_depths, x_columns, y_columns, x_rows, x_row, x_depth, x_chunk, x_groups;
   const bool y_in_place, copies_taps;
   const Index y_chunk;
@@ -28,7 +30,7 @@ struct ByChannel : Alone {
   ByChannel(const Problem& problem, Index groups, Index rows, Index columns, Index y_rows, Index outputs)
       : p(problem),
         generates_taps(p.weight != nullptr),
-        together(generates_taps ? most(1, y_rows) : FORWARD ? 1 : rows_together()),
+        together(generates_taps ? most(1, y_rows) : 1),
         chunks(ceil_div(p.channels, WIDTH)),
         x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
@@ -44,14 +46,6 @@ struct ByChannel : Alone {
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
         row(choose()) {}
-
-  // The taps of a row of outputs lie position by position, all groups together. So all groups run on a row in turn, while the
-  // taps of the next are fetched. Where outputs are added to x, two rows at a time add to the same rows of it, unless their taps
-  // are too many for the second-level cache. This decides the order of sums, so it must not depend on how an op is cut.
-  Index rows_together() const {
-    constexpr Index SECOND_LEVEL = 512 << 10;
-    return times(4, taps_of(p), p.groups, p.output[2], Index(sizeof(Element))) <= SECOND_LEVEL ? 2 : 1;
-  }
 
   Row<Real> choose() const {
     if constexpr (std::is_same_v<Element, BFloat16>)

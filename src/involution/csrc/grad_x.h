@@ -33,12 +33,9 @@ struct GradX : ByChannel<false, Real, WIDTH, Element> {
     const auto finish = [&](Index rows) {
       for (; done < least(rows, task.rows.size()); ++done) unpack(task, done, s);
     };
-    // Blocks of rows begin where they would in any other task, so that sums over depths and rows have one order.
-    const Index together = this->together, begin = this->generates_taps ? outs.from : outs.from / together * together;
-    for (Index block = begin; block < outs.to; block += together) {
-      const Range these = {most(block, outs.from), least(block + together, outs.to)};
-      finish(these.from * p.stride[1] - p.padding[1] - task.rows.from);  // outputs to come reach none of those before
-      scatter(task, these, outputs, s);
+    for (Index first = outs.from; first < outs.to; first += this->together) {
+      finish(first * p.stride[1] - p.padding[1] - task.rows.from);  // outputs to come reach none of those before
+      scatter(task, {first, least(first + this->together, outs.to)}, outputs, s);
     }
     finish(task.rows.size());
   }

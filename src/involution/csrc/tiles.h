@@ -17,6 +17,17 @@ struct Layout {
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
+// Memory to come, fetched bit by bit: a core waits for some twenty lines at once, and drops what it is asked for beyond that. So what
+// a tile fetches is dealt out to the lines of its window, unless it is little.
+constexpr Index AT_ONCE = 8 * CACHE_LINE;
+struct Ahead {
+  const char *next, *due;
+  explicit Ahead(const char* from) : next(from), due(from) {}
+  void fetch(Index bytes) {
+    for (due += bytes; next < due; next += CACHE_LINE) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other.
 template <class Real, class Element>
 bool taps_in_place(const Problem& p) {
@@ -105,12 +116,14 @@ struct TileTaps {
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels. K, S = 0: known at run time only.
 template <class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at) {
+inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at, Ahead& ahead,
+                        Index fetched) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
   for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
+    ahead.fetch(fetched);
     if constexpr (K > 0) {
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
@@ -141,7 +154,8 @@ inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index dep
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
 template <class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at) {
+inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at, Ahead& ahead,
+                         Index fetched) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
@@ -150,6 +164,7 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index de
     for (int v = 0; v < VECTORS; ++v) grads[column][v] = load<V>(y + column * at.y_column + v * LANES);
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
   for_each_line(x, slot, depths, rows, at, [&](Real* line, Index offset) {
+    ahead.fetch(fetched);
     if constexpr (K > 0) {
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
@@ -182,14 +197,16 @@ template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, bool TAP
 void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
   Index column = 0;
+  Ahead ahead(coming);
   const auto run = [&](auto width) {
     constexpr auto tile = FORWARD ? gather_tile<Real, Tap, WIDTH, K, S, TAPS_INNERMOST, width>
                                   : scatter_tile<Real, Tap, WIDTH, K, S, TAPS_INNERMOST, width>;
+    const Index fetched = at.fetched * width, of_line = fetched > AT_ONCE ? ceil_div(fetched, most(1, depths * rows)) : 0;
     for (; column + width <= columns; column += width) {
-      for (const char* end = coming + at.fetched * width; coming < end; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
+      if (of_line == 0) ahead.fetch(fetched);
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
       tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot,
-           static_cast<const Tap*>(taps) + column * at.tap_output, depths, rows, at);
+           static_cast<const Tap*>(taps) + column * at.tap_output, depths, rows, at, ahead, of_line);
     }
   };
   run(std::integral_constant<int, 7>{});
