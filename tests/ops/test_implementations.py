@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from involution import implementations
+from involution.ops import library
 
 from ..cases import (
     CASES,
@@ -38,6 +39,23 @@ def test_every_window_dtype_and_layout(case: Case, dtype: torch.dtype, layout: s
 def test_every_variant_of_the_library(dtype: torch.dtype, layout: str) -> None:
     for each in CASES:
         problem(each, dtype).check(run_served, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("variant")
+def test_both_gradients_at_once_to_the_bit(dtype: torch.dtype, layout: str) -> None:
+    for each in CASES:
+        x, kernel, grad = (lay(t, len(each.size)) for lay, t in zip(LAYOUTS[layout], each.tensors(dtype), strict=True))
+        window = (each.window.stride, each.window.padding, each.window.dilation)
+        both = library._at_once(grad, x, kernel, window)
+        if both is None:
+            assert 0 in (grad.numel(), x.numel())
+            continue
+        for op, got in zip(("grad_x", "grad_kernel"), both, strict=True):
+            expected = run_served(op, x, kernel, grad, each.window)
+            assert torch.equal(expected, got)
+            assert expected.stride() == got.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,27 +25,39 @@
 
 namespace {
 
-// The widest registers, unless a group (or a row) fits into narrower ones; pairs of them where it fills pairs.
-template <template <class, int, class> class Op, class Real, class Element>
-int run_lanes(const Problem& p, Index wanted, const Index* size) {
+// Calls body(plan) for the op on a problem, with the widest registers, unless a group (or a row) fits into narrower ones; with pairs
+// of them where it fills pairs.
+template <template <class, int, class> class Op, class Real, class Element, class Body>
+int with_lanes(const Problem& p, Index wanted, const Index* size, const Body& body) {
   constexpr int MOST = VECTOR_BYTES / int(sizeof(Real));
-  if (MOST >= 16 && wanted <= 4) return run_tasks<Op<Real, MOST >= 16 ? MOST / 4 : MOST, Element>>(p, size);
-  if (MOST >= 8 && wanted <= MOST / 2) return run_tasks<Op<Real, MOST >= 8 ? MOST / 2 : MOST, Element>>(p, size);
+  if (MOST >= 16 && wanted <= 4) return body(PlanOf<Op<Real, MOST >= 16 ? MOST / 4 : MOST, Element>>(p, size));
+  if (MOST >= 8 && wanted <= MOST / 2) return body(PlanOf<Op<Real, MOST >= 8 ? MOST / 2 : MOST, Element>>(p, size));
   if constexpr (Op<Real, MOST, Element>::IN_PAIRS)
-    if (ceil_div(wanted, MOST) % 2 == 0) return run_tasks<Op<Real, 2 * MOST, Element>>(p, size);
-  return run_tasks<Op<Real, MOST, Element>>(p, size);
+    if (ceil_div(wanted, MOST) % 2 == 0) return body(PlanOf<Op<Real, 2 * MOST, Element>>(p, size));
+  return body(PlanOf<Op<Real, MOST, Element>>(p, size));
 }
 
-template <template <class, int, class> class Op>
-int run_dtype(const Problem& p, Index lanes, const Index* size) {
+template <template <class, int, class> class Op, class Body>
+int with_dtype(const Problem& p, Index lanes, const Index* size, const Body& body) {
   switch (p.dtype) {
-    case FLOAT32: return run_lanes<Op, float, float>(p, lanes, size);
-    case FLOAT64: return run_lanes<Op, double, double>(p, lanes, size);
-    case BFLOAT16: return run_lanes<Op, float, BFloat16>(p, lanes, size);
-    case FLOAT16: return run_lanes<Op, float, Float16>(p, lanes, size);
+    case FLOAT32: return with_lanes<Op, float, float>(p, lanes, size, body);
+    case FLOAT64: return with_lanes<Op, double, double>(p, lanes, size, body);
+    case BFLOAT16: return with_lanes<Op, float, BFloat16>(p, lanes, size, body);
+    case FLOAT16: return with_lanes<Op, float, Float16>(p, lanes, size, body);
   }
   return 1;
 }
+
+template <class Body>
+int with_grad_kernel(const Problem& p, const Body& body) {
+  if (p.grad_weight) return with_dtype<GradSpan>(p, p.output[2], p.output, body);
+  if (!taps_in_planes(p)) return with_dtype<GradKernel>(p, VECTOR_BYTES, p.output, body);
+  const Index lanes = p.output[2] < 16 ? 8 : 16;  // no more than a row has
+  return p.dtype == FLOAT32 ? with_lanes<GradPlanes, float, float>(p, lanes, p.output, body)
+                            : with_lanes<GradPlanes, double, double>(p, lanes, p.output, body);
+}
+
+int run(const Plan& plan) { return run_plans(plan); }
 
 }  // namespace
 
@@ -54,14 +66,15 @@ extern "C" {
 
 // Each fills one of its tensors from the other two: y, x and kernel_data in turn; the last, if the kernel is generated, the
 // gradients of what it is generated from. 0: done; 1: no memory for the scratch.
-int involution_forward(const Problem* p) { return run_dtype<Forward>(*p, p->channels, p->output); }
-int involution_grad_x(const Problem* p) { return run_dtype<GradX>(*p, p->channels, p->input); }
-int involution_grad_kernel(const Problem* p) {
-  if (p->grad_weight) return run_dtype<GradSpan>(*p, p->output[2], p->output);
-  if (!taps_in_planes(*p)) return run_dtype<GradKernel>(*p, VECTOR_BYTES, p->output);
-  const Index lanes = p->output[2] < 16 ? 8 : 16;  // no more than a row has
-  return p->dtype == FLOAT32 ? run_lanes<GradPlanes, float, float>(*p, lanes, p->output)
-                             : run_lanes<GradPlanes, double, double>(*p, lanes, p->output);
+int involution_forward(const Problem* p) { return with_dtype<Forward>(*p, p->channels, p->output, run); }
+int involution_grad_x(const Problem* p) { return with_dtype<GradX>(*p, p->channels, p->input, run); }
+int involution_grad_kernel(const Problem* p) { return with_grad_kernel(*p, run); }
+
+// Both gradients, block by block in turns, which read the same gradient of y: one comes from memory, one from the cache.
+int involution_gradients(const Problem* x, const Problem* kernel) {
+  return with_grad_kernel(*kernel, [&](const Plan& plan) {
+    return with_dtype<GradX>(*x, x->channels, x->input, [&](const Plan& other) { return run_plans(plan, &other); });
+  });
 }
 
 // Asks for large pages behind fresh memory, of which the first write to each page of 4 KiB would stop for a page fault. A system

@@ -95,38 +95,69 @@ struct Alone {
   void finish(Index) const {}
 };
 
-// Runs all tasks of an op on torch's threads. Returns 0, or 1 if there is no memory for the scratch.
+// An op on a problem: its tasks in lots, and the scratch that a thread needs for them.
+class Plan {
+ public:
+  const Index threads;  // wanted
+  Index lots = 0, scratch = 0;
+  virtual void run(Index lot, char* memory) const = 0;
+  virtual void finish() const = 0;
+
+ protected:
+  explicit Plan(Index wanted) : threads(wanted) {}
+  ~Plan() = default;
+};
+
 template <class Op>
-int run_tasks(const Problem& p, const Index* size) {
-  Index threads = 1;
+class PlanOf final : public Plan {
+ public:
+  PlanOf(const Problem& p, const Index* size) : Plan(threads_for(p)), tasks_(p, size, threads), op_(p, tasks_) {
+    lots = op_.lots(tasks_.count);
+    Arena measure(nullptr);
+    op_.scratch(measure);
+    scratch = (most(1, measure.used()) + 4095) & ~Index(4095);
+  }
+  void run(Index lot, char* memory) const override {
+    Arena arena(memory);
+    const auto pieces = op_.scratch(arena);
+    const Range tasks = part(tasks_.count, lots, lot);
+    op_.begin(lot);
+    for (Index index = tasks.from; index < tasks.to; ++index) op_.run(Task(tasks_, index), pieces, lot);
+  }
+  void finish() const override { op_.finish(lots); }
+
+ private:
+  static Index threads_for([[maybe_unused]] const Problem& p) {
 #if defined(_OPENMP)
-  const Index outputs = p.output[0] * p.output[1] * p.output[2];
-  if (p.batch * p.groups * p.channels * outputs * taps_of(p) > SERIAL_WORK) threads = omp_get_max_threads();
+    const Index outputs = p.output[0] * p.output[1] * p.output[2];
+    if (p.batch * p.groups * p.channels * outputs * taps_of(p) > SERIAL_WORK) return omp_get_max_threads();
 #endif
-  const Tasks tasks(p, size, threads);
-  const Op op(p, tasks);
-  Arena measure(nullptr);
-  op.scratch(measure);
-  const Index bytes = (most(1, measure.used()) + 4095) & ~Index(4095);
+    return 1;
+  }
+  const Tasks tasks_;
+  const Op op_;
+};
+
+// Runs one op, or two in turns, on torch's threads. Returns 0, or 1 if there is no memory for the scratch.
+inline int run_plans(const Plan& plan, const Plan* other = nullptr) {
+  const Index others = other ? other->lots : 0, in_turns = 2 * least(plan.lots, others);
+  const Index threads = most(plan.threads, other ? other->threads : 1), bytes = most(plan.scratch, other ? other->scratch : 1);
   if (times(bytes, threads) >= TOO_MUCH) return 1;
   char* memory = kept_scratch().at_least(bytes * threads);
   if (memory == nullptr) return 1;
-  const Index lots = op.lots(tasks.count);
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) if (threads > 1)
 #endif
-  for (Index lot = 0; lot < lots; ++lot) {
+  for (Index turn = 0; turn < plan.lots + others; ++turn) {
+    Index thread = 0;
 #if defined(_OPENMP)
-    Arena arena(memory + bytes * omp_get_thread_num());
-#else
-    Arena arena(memory);
+    thread = omp_get_thread_num();
 #endif
-    const auto scratch = op.scratch(arena);
-    op.begin(lot);
-    for (Index index = part(tasks.count, lots, lot).from; index < part(tasks.count, lots, lot).to; ++index)
-      op.run(Task(tasks, index), scratch, lot);
+    const bool first = turn < in_turns ? turn % 2 == 0 : plan.lots > others;
+    (first ? plan : *other).run(turn < in_turns ? turn / 2 : turn - in_turns / 2, memory + bytes * thread);
   }
-  op.finish(lots);
+  plan.finish();
+  if (other) other->finish();
   return 0;
 }
 

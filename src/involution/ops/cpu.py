@@ -97,10 +97,25 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
     _call("involution_grad_kernel", x, out, grad, stride, padding, dilation)
 
 
+def gradients(
+    outs: Sequence[Tensor], grad: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints
+) -> None:
+    """Fill `outs` as `grad_x` and `grad_kernel` do, to the bit, but read `grad` only once."""
+    for out in outs:
+        _in_large_pages(out)
+    window = (stride, padding, dilation)
+    problems = _problem(outs[0], kernel, grad, window), _problem(x, outs[1], grad, window)
+    _run("involution_gradients", problems, x, window)
+
+
 def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> None:
     """Call the function `name` on x (B, C, *S), kernel (B, G, *K, *O) and y (B, C, *O); it fills one of them."""
+    _run(name, (_problem(x, kernel, y, window),), x, window)
+
+
+def _problem(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -> bytes:
     sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
-    _run(name, sizes, (x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 7), x, window)
+    return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 7)
 
 
 def _call_generated(
@@ -124,7 +139,7 @@ def _call_generated(
     )
     given = (features.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
-    _run(name, sizes, (x.data_ptr(), 0, y.data_ptr(), *given, *filled), x, window)
+    _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled),), x, window)
 
 
 def _in_large_pages(out: Tensor) -> None:
@@ -139,8 +154,8 @@ def _accurate(weight: Tensor) -> Tensor:
     return weight.contiguous() if weight.dtype in (torch.float32, torch.float64) else weight.float().contiguous()
 
 
-def _run(name: str, sizes: bytes, addresses: Ints, x: Tensor, window: Sequence[Ints]) -> None:
-    if getattr(_library, name)(sizes + _ADDRESSES.pack(*addresses)):
+def _run(name: str, problems: Sequence[bytes], x: Tensor, window: Sequence[Ints]) -> None:
+    if getattr(_library, name)(*problems):
         stride, padding, dilation = map(tuple, window)
         raise MemoryError(
             f"no memory for the scratch of {name} on `x` of shape {tuple(x.shape)} with stride {stride}, "

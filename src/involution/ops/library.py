@@ -222,11 +222,27 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x, kernel), (wants_x, wants_kernel) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+    if wants_x and wants_kernel and (both := _at_once(grad, x, kernel, ctx.window)):
+        return *both, *(None,) * 3
     return (
         call(grad_x, (grad, kernel), ctx.size, *ctx.window) if wants_x else None,
         call(grad_kernel, (grad, x), ctx.groups, ctx.kernel_size, *ctx.window) if wants_kernel else None,
         *(None,) * 3,
     )
+
+
+def _at_once(grad: Tensor, x: Tensor, kernel: Tensor, window: Sequence[Ints]) -> tuple[Tensor, Tensor] | None:
+    """The gradients of x and the kernel by one call of the C++ code, unless something watches or one is empty: None."""
+    tensors = (grad, x, kernel)
+    if not (cpu.available() and unwatched(tensors)) or recorded(tensors) or 0 in (grad.numel(), x.numel()):
+        return None
+    rank = x.dim() - 2
+    outs = (
+        _allocate_grad_x(grad, kernel, x.shape[2:], *window),
+        _allocate_grad_kernel(grad, x, kernel.shape[1], kernel.shape[2 : 2 + rank], *window),
+    )
+    cpu.gradients(outs, grad, x, kernel, *window)
+    return outs
 
 
 def _generated_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
