@@ -14,8 +14,9 @@ template <bool FORWARD, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
   const bool generates_taps;
-  // Rows of outputs that all groups run on in turn. Given taps lie position by position, all groups together, so these run on one
-  // row, while the taps of the next are fetched; where taps are generated, on all rows of the task.
+  // Rows of outputs that all groups run on in turn. Where the taps of all groups lie together, position by position, one is enough
+  // for them to be read in order. Where each lies in a plane, a line of the cache holds taps of many columns, or rows. Generated
+  // ones are those of a whole task.
   const Index together;
   const Index chunks, x_depths, x_columns, y_columns, x_rows, x_row, x_depth, x_chunk, x_groups;
   const bool y_in_place, copies_taps;
@@ -24,13 +25,14 @@ struct ByChannel : Alone {
   const Layout at;
   const Row<Real> row;
 
+  static constexpr Index ROWS_OF_PLANES = 8;
   static constexpr int WIDEST = VECTOR_BYTES / int(sizeof(Real));
   static constexpr bool IN_PAIRS = sizeof(Real) == 4;  // whether WIDTH may be two vectors
 
   ByChannel(const Problem& problem, Index groups, Index rows, Index columns, Index y_rows, Index outputs)
       : p(problem),
         generates_taps(p.weight != nullptr),
-        together(generates_taps ? most(1, y_rows) : 1),
+        together(generates_taps ? most(1, y_rows) : taps_innermost(p) ? 1 : ROWS_OF_PLANES),
         chunks(ceil_div(p.channels, WIDTH)),
         x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
@@ -117,10 +119,10 @@ struct ByChannel : Alone {
     if (generates_taps) span<Real, WIDEST>(s.taps, p, group, which, s.features, vectors, pixels);
   }
 
-  // One row of the outputs of a group; `first`: of the rows that all groups run on in turn.
+  // One row of the outputs of a group; `together` are those that all groups run on in turn.
   struct Outputs {
-    Index batch, group, depth, row, first;
-    Range columns;
+    Index batch, group, depth, row;
+    Range together, columns;
   };
 
   // Runs the loops on a row of outputs and lines (`depths` x `rows`) of their window, the first of which is at `x + slot`.
@@ -132,22 +134,27 @@ struct ByChannel : Alone {
     const void* taps = s.taps + first;
     const char* coming = nullptr;  // taps to fetch meanwhile
     if (generates_taps) {
-      taps = s.taps + first + (outputs.row - outputs.first) * count;
+      taps = s.taps + first + (outputs.row - outputs.together.from) * count;
     } else {
       const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
       const Element* kernel = groups + outputs.group * step[1];
-      coming = reinterpret_cast<const char*>(groups + together * step[6]) + outputs.group * chunks * count * at.fetched;
-      if (copies_taps) copy_taps(s.taps, at, p, kernel, depths, count);
+      // Behind the last row of a group comes the first one of the next.
+      const bool last = outputs.row + 1 == outputs.together.to;
+      const Element* next = kernel + (last ? step[1] - (outputs.together.size() - 1) * step[6] : step[6]);
+      if (taps_innermost(p)) coming = reinterpret_cast<const char*>(groups + step[6]) + outputs.group * chunks * count * at.fetched;
+      else if (!copies_taps) coming = reinterpret_cast<const char*>(next + first);
+      if (copies_taps) copy_taps(s.taps, at, p, kernel, next, depths, count);
       else taps = kernel + first;
     }
     Real* values = s.y;
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
     if (!FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
-    for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at,
-          coming + chunk * count * at.fetched);
+    for (Index chunk = 0; chunk < chunks; ++chunk) {
+      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at, coming);
+      coming = at.fetched ? coming + count * at.fetched : nullptr;
+    }
     if (FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
   }

@@ -41,7 +41,7 @@ struct Forward : ByChannel<true, Real, WIDTH, Element> {
         this->generate(s, group, {0, taps_of(p)}, vectors);
         for (Index out = outs.from; out < outs.to; ++out) {
           const Range lines = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
-          this->run_row({task.batch, group, task.depth, out, first, task.columns}, depths, lines, packed(group, depths.from),
+          this->run_row({task.batch, group, task.depth, out, outs, task.columns}, depths, lines, packed(group, depths.from),
                         this->slot((out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1]), s);
         }
       }

@@ -33,9 +33,12 @@ struct GradX : ByChannel<false, Real, WIDTH, Element> {
     const auto finish = [&](Index rows) {
       for (; done < least(rows, task.rows.size()); ++done) unpack(task, done, s);
     };
-    for (Index first = outs.from; first < outs.to; first += this->together) {
-      finish(first * p.stride[1] - p.padding[1] - task.rows.from);  // outputs to come reach none of those before
-      scatter(task, {first, least(first + this->together, outs.to)}, outputs, s);
+    // Blocks of rows begin where they would in any other task, so that sums over depths and rows have one order.
+    const Index together = this->together, begin = this->generates_taps ? outs.from : outs.from / together * together;
+    for (Index block = begin; block < outs.to; block += together) {
+      const Range these = {most(block, outs.from), least(block + together, outs.to)};
+      finish(these.from * p.stride[1] - p.padding[1] - task.rows.from);  // outputs to come reach none of those before
+      scatter(task, these, outputs, s);
     }
     finish(task.rows.size());
   }
@@ -57,7 +60,7 @@ struct GradX : ByChannel<false, Real, WIDTH, Element> {
           const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
           const Range lines = taps_inside(p, 1, position, task.rows.size());
           if (lines.size() == 0) continue;
-          this->run_row({task.batch, group, depth, out, outs.from, outputs}, {tap, tap + 1}, lines,
+          this->run_row({task.batch, group, depth, out, outs, outputs}, {tap, tap + 1}, lines,
                         packed(task, group, s) + first_column * WIDTH, this->slot(position + lines.from * p.dilation[1]), s);
         }
       }

@@ -17,17 +17,6 @@ struct Layout {
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
-// Memory to come, fetched bit by bit: a core waits for some twenty lines at once, and drops what it is asked for beyond that. So what
-// a tile fetches is dealt out to the lines of its window, unless it is little.
-constexpr Index AT_ONCE = 8 * CACHE_LINE;
-struct Ahead {
-  const char *next, *due;
-  explicit Ahead(const char* from) : next(from), due(from) {}
-  void fetch(Index bytes) {
-    for (due += bytes; next < due; next += CACHE_LINE) __builtin_prefetch(next, 0, 2);
-  }
-};
-
 // Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other.
 template <class Real, class Element>
 bool taps_in_place(const Problem& p) {
@@ -61,9 +50,10 @@ inline V factor(const BFloat16* tap, bool first) {
   return value;
 }
 
-// The kernel of one group and row of outputs: a dense copy of the taps at `depths`.
+// The kernel of one group and row of outputs: a dense copy of the taps at `depths`. Where they lie in planes, those at `coming`
+// are fetched meanwhile.
 template <class Real, class Element>
-void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, Range depths, Index outputs) {
+void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from, const Element* coming, Range depths, Index outputs) {
   const Index* step = p.kernel_stride + 2;
   if (taps_in_one_run(p)) {
     const Index first = depths.from * at.tap_depth, count = depths.size() * at.tap_depth;
@@ -78,6 +68,8 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
         Real* target = to + depth * at.tap_depth + row * at.tap_row + tap * at.tap_column;
         if (at.tap_output == 1 && step[5] == 1) {
           copy_run(target, source, outputs);
+          for (Index output = 0; output < outputs; output += CACHE_LINE / Index(sizeof(Element)))
+            __builtin_prefetch(coming + (source - from) + output, 0, 2);
           continue;
         }
         for (Index output = 0; output < outputs; ++output) target[output * at.tap_output] = widen(source[output * step[5]]);
@@ -115,15 +107,15 @@ struct TileTaps {
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels. K, S = 0: known at run time only.
-template <class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at, Ahead& ahead,
-                        Index fetched) {
+template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Fetch>
+inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at,
+                        const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
   for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
-    ahead.fetch(fetched);
+    fetch(offset);
     if constexpr (K > 0) {
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
@@ -153,9 +145,9 @@ inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index dep
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST, int COLUMNS>
-inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at, Ahead& ahead,
-                         Index fetched) {
+template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Fetch>
+inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at,
+                         const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
@@ -164,7 +156,7 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index de
     for (int v = 0; v < VECTORS; ++v) grads[column][v] = load<V>(y + column * at.y_column + v * LANES);
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
   for_each_line(x, slot, depths, rows, at, [&](Real* line, Index offset) {
-    ahead.fetch(fetched);
+    fetch(offset);
     if constexpr (K > 0) {
 #pragma GCC unroll 32
       for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
@@ -192,21 +184,34 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index de
   });
 }
 
-// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network.
+// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. `coming` are taps to fetch
+// meanwhile. A core waits for some twenty lines of the cache at once, and drops what it is asked for beyond that: so what a tile
+// fetches is dealt out to the lines of its window, unless it is little.
 template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST>
 void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
+  constexpr Index AT_ONCE = 8 * CACHE_LINE;
   Index column = 0;
-  Ahead ahead(coming);
+  const char* due = coming;
+  const auto fetch_run = [&](Index bytes) {
+    for (due += bytes; coming < due; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
+  };
   const auto run = [&](auto width) {
-    constexpr auto tile = FORWARD ? gather_tile<Real, Tap, WIDTH, K, S, TAPS_INNERMOST, width>
-                                  : scatter_tile<Real, Tap, WIDTH, K, S, TAPS_INNERMOST, width>;
     const Index fetched = at.fetched * width, of_line = fetched > AT_ONCE ? ceil_div(fetched, most(1, depths * rows)) : 0;
+    const auto fetch = [&](Index line) {
+      if constexpr (TAPS_INNERMOST) return fetch_run(of_line);
+      if (!coming) return;
+      const Tap* first = reinterpret_cast<const Tap*>(coming) + line + column;
+#pragma GCC unroll 16
+      for (Index t = 0; t < (K ? K : at.taps); ++t) __builtin_prefetch(first + t * at.tap_column, 0, 2);
+    };
     for (; column + width <= columns; column += width) {
-      if (of_line == 0) ahead.fetch(fetched);
+      if (of_line == 0) fetch_run(fetched);
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
-      tile(y + column * at.y_column, x + column * at.stride * WIDTH, slot,
-           static_cast<const Tap*>(taps) + column * at.tap_output, depths, rows, at, ahead, of_line);
+      Real *values = y + column * at.y_column, *positions = x + column * at.stride * WIDTH;
+      const Tap* first = static_cast<const Tap*>(taps) + column * at.tap_output;
+      if constexpr (FORWARD) gather_tile<width, WIDTH, K, S, TAPS_INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
+      else scatter_tile<width, WIDTH, K, S, TAPS_INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
     }
   };
   run(std::integral_constant<int, 7>{});
