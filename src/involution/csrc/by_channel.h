@@ -50,9 +50,11 @@ struct ByChannel : Alone {
         row(choose()) {}
 
   Row<Real> choose() const {
+    const bool runs = !generates_taps && taps_innermost(p), scratch = generates_taps || copies_taps;
+    const Taps taps = runs ? Taps::IN_RUNS : scratch ? Taps::IN_SCRATCH : Taps::IN_PLANES;
     if constexpr (std::is_same_v<Element, BFloat16>)
-      if (!generates_taps && !copies_taps) return choose_row<FORWARD, Real, BFloat16, WIDTH>(at, true);
-    return choose_row<FORWARD, Real, Real, WIDTH>(at, !generates_taps && taps_innermost(p));
+      if (!scratch) return choose_row<FORWARD, Real, BFloat16, WIDTH>(at, taps);
+    return choose_row<FORWARD, Real, Real, WIDTH>(at, taps);
   }
 
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring
@@ -151,10 +153,9 @@ struct ByChannel : Alone {
     if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
     if (!FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
-    for (Index chunk = 0; chunk < chunks; ++chunk) {
-      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at, coming);
-      coming = at.fetched ? coming + count * at.fetched : nullptr;
-    }
+    for (Index chunk = 0; chunk < chunks; ++chunk)
+      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at,
+          coming + chunk * count * at.fetched);
     if (FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
   }

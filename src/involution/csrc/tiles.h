@@ -17,6 +17,9 @@ struct Layout {
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
 };
 
+// How the taps of a row of outputs lie: one output behind the other, or one tap behind the other, in memory or made in the scratch.
+enum class Taps { IN_RUNS, IN_PLANES, IN_SCRATCH };
+
 // Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other.
 template <class Real, class Element>
 bool taps_in_place(const Problem& p) {
@@ -187,10 +190,11 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index de
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. `coming` are taps to fetch
 // meanwhile. A core waits for some twenty lines of the cache at once, and drops what it is asked for beyond that: so what a tile
 // fetches is dealt out to the lines of its window, unless it is little.
-template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, bool TAPS_INNERMOST>
+template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, Taps TAPS>
 void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
   constexpr Index AT_ONCE = 8 * CACHE_LINE;
+  constexpr bool INNERMOST = TAPS == Taps::IN_RUNS;
   Index column = 0;
   const char* due = coming;
   const auto fetch_run = [&](Index bytes) {
@@ -199,8 +203,8 @@ void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns,
   const auto run = [&](auto width) {
     const Index fetched = at.fetched * width, of_line = fetched > AT_ONCE ? ceil_div(fetched, most(1, depths * rows)) : 0;
     const auto fetch = [&](Index line) {
-      if constexpr (TAPS_INNERMOST) return fetch_run(of_line);
-      if (!coming) return;
+      if (INNERMOST) fetch_run(of_line);
+      if (TAPS != Taps::IN_PLANES) return;
       const Tap* first = reinterpret_cast<const Tap*>(coming) + line + column;
 #pragma GCC unroll 16
       for (Index t = 0; t < (K ? K : at.taps); ++t) __builtin_prefetch(first + t * at.tap_column, 0, 2);
@@ -210,8 +214,8 @@ void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns,
       for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
       Real *values = y + column * at.y_column, *positions = x + column * at.stride * WIDTH;
       const Tap* first = static_cast<const Tap*>(taps) + column * at.tap_output;
-      if constexpr (FORWARD) gather_tile<width, WIDTH, K, S, TAPS_INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
-      else scatter_tile<width, WIDTH, K, S, TAPS_INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
+      if constexpr (FORWARD) gather_tile<width, WIDTH, K, S, INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
+      else scatter_tile<width, WIDTH, K, S, INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
     }
   };
   run(std::integral_constant<int, 7>{});
@@ -224,10 +228,11 @@ using Row = void (*)(Real*, Real*, Index, const void*, Index, Index, Index, cons
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
 template <bool FORWARD, class Real, class Tap, int WIDTH>
-Row<Real> choose_row(const Layout& at, bool innermost) {
-#define VARIANT(K, S)                                                             \
-  (innermost || !std::is_same_v<Real, Tap> ? row_of_tiles<FORWARD, Real, Tap, WIDTH, K, S, true> \
-                                           : row_of_tiles<FORWARD, Real, Real, WIDTH, K, S, false>)
+Row<Real> choose_row(const Layout& at, Taps taps) {
+#define VARIANT(K, S)                                                                                  \
+  (taps == Taps::IN_RUNS     ? row_of_tiles<FORWARD, Real, Tap, WIDTH, K, S, Taps::IN_RUNS>    \
+   : taps == Taps::IN_PLANES ? row_of_tiles<FORWARD, Real, Real, WIDTH, K, S, Taps::IN_PLANES> \
+                             : row_of_tiles<FORWARD, Real, Real, WIDTH, K, S, Taps::IN_SCRATCH>)
   if constexpr (sizeof(Real) == 4) {
     if (at.dilation == 1 && at.stride == 1) {
       if (at.taps == 3) return VARIANT(3, 1);
