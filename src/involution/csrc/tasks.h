@@ -13,7 +13,7 @@
 namespace {
 
 constexpr Index COLUMNS_PER_TASK = 512;
-constexpr Index TASKS_PER_THREAD = 8;               // wanted, so that no thread waits long for the others
+constexpr Index TASKS_PER_THREAD = 4;               // wanted, so that no thread waits long for the others
 constexpr Index LEAST_ROWS_PER_TASK = 7;            // whose windows overlap with those of other tasks
 constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated: the taps of one group stay in the second-level cache
 [[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
