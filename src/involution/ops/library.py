@@ -76,14 +76,18 @@ def implementations() -> dict[str, str]:
 # Allocation: real and fake tensors come from the same functions, so they cannot disagree.
 
 
-_INNERMOST = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}  # orders of the axes in memory, channels last
-
-
 def _allocate(like: Tensor, shape: Ints) -> Tensor:
-    """An empty tensor in the memory format of `like`: channels innermost if they are so in `like`, else contiguous."""
-    if like.stride(1) == 1 and not like.is_contiguous():
-        return torch.empty_permuted(shape, _INNERMOST[like.dim()], dtype=like.dtype, device=like.device)
-    return like.new_empty(shape)
+    """An empty tensor (B, *channels, *spatial) in the memory format of `like`, which has as many spatial axes.
+
+    That is with all of the channels innermost if they are so in `like`, else contiguous.
+    """
+    if like.stride(1) != 1 or like.is_contiguous():
+        return like.new_empty(shape)
+    strides, step, first = [0] * len(shape), 1, len(shape) - like.dim() + 2
+    for axis in (*range(first - 1, 0, -1), *range(len(shape) - 1, first - 1, -1), 0):
+        strides[axis] = step
+        step *= shape[axis]
+    return like.new_empty_strided(shape, strides)
 
 
 def _allocate_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
@@ -113,8 +117,7 @@ def _allocate_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, pad
 def _allocate_grad_kernel(
     grad: Tensor, x: Tensor, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
 ) -> Tensor:
-    flat = _allocate(x, (x.shape[0], groups * prod(kernel_size), *grad.shape[2:]))
-    return flat.unflatten(1, (groups, *kernel_size))
+    return _allocate(x, (x.shape[0], groups, *kernel_size, *grad.shape[2:]))
 
 
 torch.library.register_fake("involution::forward", _allocate_forward, lib=_library)
