@@ -164,8 +164,26 @@ inline void store_some(Real* to, V v, std::integer_sequence<int, I...>) {
 #endif
 }
 
+#if defined(__AVX2__)
+// Eight floats, as `narrow` rounds them, in the lower halves of words.
+inline __m256i rounded_to_bfloat16(const float* from) {
+  const __m256 floats = _mm256_loadu_ps(from);
+  const __m256i bits = _mm256_castps_si256(floats), odd = _mm256_srli_epi32(_mm256_slli_epi32(bits, 15), 31);
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256 nan = _mm256_cmp_ps(floats, floats, _CMP_UNORD_Q), quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, nan)), 16);
+}
+#endif
+
 template <int LANES, class To, class From>
 inline void copy_lanes(To* to, const From* from) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<To, BFloat16> && std::is_same_v<From, float> && LANES == 16) {
+    const __m256i halves = _mm256_packus_epi32(rounded_to_bfloat16(from), rounded_to_bfloat16(from + 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(halves, 0b11011000));
+    return;
+  }
+#endif
   if constexpr (LANES * (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From)) > VECTOR_BYTES) {
     copy_lanes<LANES / 2>(to, from);
     return copy_lanes<LANES / 2>(to + LANES / 2, from + LANES / 2);
@@ -190,16 +208,10 @@ inline void copy_lanes(To* to, const From* from) {
     }
     return;
   }
-  if constexpr (std::is_same_v<To, BFloat16> && std::is_same_v<From, float> && LANES % 8 == 0) {
-    for (int lane = 0; lane < LANES; lane += 8) {
-      const __m256 floats = _mm256_loadu_ps(from + lane);
-      const __m256i bits = _mm256_castps_si256(floats), odd = _mm256_srli_epi32(_mm256_slli_epi32(bits, 15), 31);
-      const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);  // as `narrow` does
-      const __m256 nan = _mm256_cmp_ps(floats, floats, _CMP_UNORD_Q), quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-      const __m256i rounded = _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, nan)), 16);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane),
-                       _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
-    }
+  if constexpr (std::is_same_v<To, BFloat16> && std::is_same_v<From, float> && LANES == 8) {
+    const __m256i rounded = rounded_to_bfloat16(from);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
     return;
   }
 #endif

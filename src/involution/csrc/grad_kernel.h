@@ -98,6 +98,15 @@ struct GradKernel : Alone {
                               window(p, 2, parts.size), p.input[2], task.groups.size(), p.channels);
   }
 
+  // A row of the outputs' gradients of a group -> [column][channel].
+  void pack_y(Real* to, const Element* from, Index count) const {
+    const auto pack = [&](auto width) {
+      pack_columns<Real, width>(to, width, at.y_column, from, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
+    };
+    if (p.channels % 8 == 0) return pack(std::integral_constant<int, 8>{});
+    pack(std::integral_constant<int, SUMMED<LANES>>{});
+  }
+
   // A row of outputs, and lines (`depths` x `rows`) of their window; the first of these is at `slot` in the ring.
   void run_row(const Task& task, Index out, Range depths, Range rows, Index slot, const Scratch& s) const {
     const Index *step = p.kernel_stride, *y_step = p.y_stride, count = task.columns.size();
@@ -115,9 +124,7 @@ struct GradKernel : Alone {
         if (in_place) taps = target;
         if (y_in_place) values = source;
       }
-      if (!y_in_place)
-        pack_columns<Real, SUMMED<LANES>>(s.y, SUMMED<LANES>, at.y_column, source, y_step[1], y_step[4], {0, count}, count,
-                                          p.channels);
+      if (!y_in_place) pack_y(s.y, source, count);
       row(values, s.x + local * x_group + depths.from * x_depth, slot, taps, count, depths, rows, at, s.room,
           reinterpret_cast<const char*>(kernel + step[6]) + group * count * at.fetched);
       if (!in_place) write_taps(target, p, s.taps, count);
