@@ -31,7 +31,10 @@ def test_the_operator_and_its_rivals_are_recorded(tmp_path, capsys):
     ours = rows[0]
     assert (ours.shape, ours.window, ours.base, ours.peak_mib) == ("1x64x8x8", "K7 D16", "involution", None)
     assert ours.gflops == pytest.approx(2e-6 * 64 * 64 * 49 / ours.p50_ms, rel=1e-3)
-    assert "| backward, ms (times as long) |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| backward, ms (times as long) |" in out
+    assert "| forward, GB/s (share of copy of 64 MiB) |" in out
+    assert "| backward, GB/s" not in out
     assert (tmp_path / "op.png").exists()
 
 
@@ -47,6 +50,7 @@ def test_every_variant_is_recorded_with_its_settings(tmp_path, capsys):
         "one thread": ("K7 D16", "float32", "channels_last"),
         **{f"K {size}": (f"K{size} D16", "float32", "channels_last") for size in (3, 5, 9)},
         **{f"D {channels}": (f"K7 D{channels}", "float32", "channels_last") for channels in (4, 8, 32, 64)},
+        "copy of 64 MiB": ("K7 D16", "float32", "channels_last"),
         "call": ("K3 D16", "float32", "channels_last"),
     }
     threads = torch.get_num_threads()
@@ -54,6 +58,7 @@ def test_every_variant_is_recorded_with_its_settings(tmp_path, capsys):
     assert [row.threads for row in rows if row.contender == "one thread"] == [1]
     out = capsys.readouterr().out
     assert "| forward, ms (times as long a FLOP) |" in out
+    assert "| forward, GB/s (share of copy of 64 MiB) |" in out
     assert f"call overhead: {1e3 * rows[-1].p50_ms:.1f} microseconds" in out
 
 

@@ -50,6 +50,16 @@ def test_variants_compare_by_the_time_of_a_flop():
     assert "| rival                              |  150 (4.00) |" in table.against_base(ROWS[:2], table.TIME_PER_FLOP)
 
 
+def test_bandwidth_is_a_share_of_a_copy_s_where_there_is_one():
+    rows = [ROW, replace(ROW, contender="copy", gbytes_per_second=20.0), replace(ROW, direction="backward")]
+    assert table.of_bandwidth(rows, "copy") == (
+        "| forward, GB/s (share of copy) |    1x16x8x8 | geometric mean |\n"
+        "|-------------------------------|------------:|---------------:|\n"
+        "| involution                    | 5.00 (0.25) |           0.25 |\n"
+        "| copy                          | 20.0 (1.00) |           1.00 |"
+    )
+
+
 def test_the_ratio_of_a_rednet_to_its_mirror_is_printed():
     assert table.with_ratios(MODELS, table.TIME) == (
         "| inference, ms       | 1x16x8x8 |\n"

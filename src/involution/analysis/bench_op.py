@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +61,7 @@ def op(
     print(f"\nrows added to {out / 'op.csv'}")
     for quantity in (table.TIME, table.MEMORY) if memory else (table.TIME,):
         print(f"\n{table.against_base(rows, quantity)}")
+    print(f"\n{table.of_bandwidth(rows, contenders.COPY)}")
     if plot:
         draw(rows, {contenders.OURS}, plot)
     return rows
@@ -80,10 +80,8 @@ def _rows(problem: Problem, compiled: bool, memory: bool, rounds: int, here: dic
             for name, rival in rivals.items()
         }
         if direction == "forward":
-            runs["copy of 64 MiB"] = partial(
-                torch.empty(1 << 24).copy_, torch.ones(1 << 24)
-            )  # memory never written need not be read
-            work["copy of 64 MiB"] = (0.0, 1e-6 * 2 * 2**26)
+            runs[contenders.COPY] = contenders.copy()
+            work[contenders.COPY] = (0.0, contenders.COPY_MEGABYTES)
         for name, times in cost.interleaved(runs, rounds, warm_up=3, seconds=60).items():
             measured = memory and direction != "backward" and name in rivals and not name.startswith("compiled")
             peak = peak_mib(_steps, problem, name, direction) if measured else None

@@ -40,7 +40,8 @@ def variants(
     """Time the operator in other layouts, dtypes and sizes, on one thread, and when it has next to nothing to do.
 
     The base is float32, channels_last, K 7 and D 16. A ratio is how many times as long a variant takes as the base for
-    each FLOP, that is the base's GFLOP/s divided by the variant's.
+    each FLOP, that is the base's GFLOP/s divided by the variant's. A second table tells how near memory is to its
+    limit: the bandwidth if each tensor were moved once, as a share of that of a copy in the same run.
 
     Args:
         shapes: batch, channels and side of each input; the default is where RedNet-50 uses its involutions. 64 must
@@ -64,10 +65,12 @@ def variants(
     rows = [*_rows(cases, directions, rounds, here), _overhead(rounds, here)]
     record.add(rows, out / "variants.csv")
     print(f"\nrows added to {out / 'variants.csv'}")
-    print(f"\n{table.against_base(rows[:-1], table.TIME_PER_FLOP)}")
+    compared = [row for row in rows[:-1] if row.contender != contenders.COPY]
+    print(f"\n{table.against_base(compared, table.TIME_PER_FLOP)}")
+    print(f"\n{table.of_bandwidth(rows[:-1], contenders.COPY)}")
     print(f"\ncall overhead: {1e3 * rows[-1].p50_ms:.1f} microseconds")
     if plot:
-        draw(rows[:-1], {_BASE}, plot)
+        draw(compared, {_BASE}, plot)
     return rows
 
 
@@ -85,7 +88,14 @@ def _rows(
         for key in runs:
             if key[0] == _ONE_THREAD:
                 runs[key] = partial(_on_one_thread, runs[key])
-        for (name, shape), times in cost.interleaved(runs, rounds, warm_up=3, seconds=300).items():
+        copies = {(contenders.COPY, shape): contenders.copy() for name, shape in cases if name == _BASE}
+        for (name, shape), times in cost.interleaved(runs | copies, rounds, warm_up=3, seconds=300).items():
+            if name == contenders.COPY:
+                figures = record.figures(times, 0.0, contenders.COPY_MEGABYTES)
+                rows.append(
+                    Row("variants", name, name, direction, **cases[_BASE, shape].described(), **figures, **here)
+                )
+                continue
             x, kernel, _ = tensors[name, shape]
             megaflops = 2e-6 * PASSES[direction] * x.numel() * kernel.shape[2] ** 2
             megabytes = 1e-6 * PASSES[direction] * x.element_size() * (2 * x.numel() + kernel.numel())

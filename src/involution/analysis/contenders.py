@@ -20,6 +20,7 @@ from involution.pointwise import PointwiseConv2d
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 OURS = "involution"
+COPY, COPY_MEGABYTES = "copy of 64 MiB", 2e-6 * 2**26  # what memory can do: read once and written once
 
 
 def unfold(x: Tensor, kernel: Tensor, stride: int = 1, padding: int = 3) -> Tensor:
@@ -65,6 +66,11 @@ def taps_innermost(x: Tensor, kernel: Tensor, padding: int = 3) -> Tensor:
 def ours(size: int) -> Operator:
     """The operator of this library of stride 1, padded to keep the size, for kernels of `size` taps a side, odd."""
     return partial(involution, padding=size // 2)
+
+
+def copy() -> Callable[[], Tensor]:
+    """A call that copies 64 MiB from one place to another. Both are written to before: else they need not be read."""
+    return partial(torch.zeros(1 << 24).copy_, torch.ones(1 << 24))
 
 
 class Contender(NamedTuple):

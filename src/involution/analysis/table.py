@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import geometric_mean
 
 from involution.analysis.record import Row
@@ -46,6 +46,20 @@ def against_base(rows: Sequence[Row], quantity: Quantity) -> str:
             lines.append([name, *cells, number(geometric_mean(known) if known else None)])
         tables.append(markdown(lines))
     return "\n\n".join(tables)
+
+
+def of_bandwidth(rows: Sequence[Row], copy: str) -> str:
+    """A table for each direction: the bandwidth of each contender that moves each tensor once, as a share of a copy's.
+
+    Args:
+        rows: of one benchmark; a direction in which nothing was copied is left out.
+        copy: the contender that copies.
+    """
+    bandwidth = Quantity(
+        "GB/s", f"share of {copy}", lambda row: row.gbytes_per_second, lambda row: row.gbytes_per_second
+    )
+    copied = {row.direction for row in rows if row.contender == copy}
+    return against_base([replace(row, base=copy) for row in rows if row.direction in copied], bandwidth)
 
 
 def with_ratios(rows: Sequence[Row], quantity: Quantity) -> str:
