@@ -86,6 +86,7 @@ CASES = (
     case((1, 1), 7, padding=3),
     case((3, 2), 7, padding=3),
     case((3, 4), 2, padding=5),
+    case((3, 4), 7, padding=8),
     case((3, 4), 3, stride=2, padding=6, dilation=2),
     case((0, 4), 3, padding=(2, 1)),
     # Strides that do and do not divide the size, wider than the window too.
