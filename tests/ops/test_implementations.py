@@ -1,5 +1,6 @@
 """Whatever serves this device, against the reference in float64: one tolerance, every awkward window and layout."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,12 +42,13 @@ def test_every_variant_of_the_library(dtype: torch.dtype, layout: str) -> None:
         problem(each, dtype).check(run_served, LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_second"])
+@pytest.mark.parametrize("layouts", [*itertools.product(["contiguous", "channels_last"], repeat=3)], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("variant")
-def test_both_gradients_at_once_to_the_bit(dtype: torch.dtype, layout: str) -> None:
-    for each in CASES:
-        x, kernel, grad = (lay(t, len(each.size)) for lay, t in zip(LAYOUTS[layout], each.tensors(dtype), strict=True))
+def test_both_gradients_at_once_to_the_bit(dtype: torch.dtype, layouts: tuple[str, ...]) -> None:
+    for each in CASES[::2]:
+        tensors = zip(layouts, range(3), each.tensors(dtype), strict=True)
+        x, kernel, grad = (LAYOUTS[layout][i](t, len(each.size)) for layout, i, t in tensors)
         window = (each.window.stride, each.window.padding, each.window.dilation)
         both = library._at_once(grad, x, kernel, window)
         if both is None:
@@ -93,6 +95,7 @@ _REPEATED = (
     case((28, 30), 7, padding=3, batch=3, group_channels=16),
     case((28, 30), 3, stride=2, padding=1, batch=3, groups=5, group_channels=3),
     case((3, 45, 8), 3, padding=1, batch=1, group_channels=16),
+    case((90, 9), 3, stride=(3, 1), padding=2, dilation=(2, 1), batch=3, group_channels=4),
 )
 
 
@@ -104,7 +107,9 @@ def test_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype, layout: s
     before = torch.get_num_threads()
 
     def run(_: int) -> list[torch.Tensor]:
-        return [run_served(op, *tensors, case.window) for op in OPS]
+        x, kernel, grad = tensors
+        both = library._at_once(grad, x, kernel, (case.window.stride, case.window.padding, case.window.dilation))
+        return [*(run_served(op, *tensors, case.window) for op in OPS), *(both or ())]
 
     try:
         torch.set_num_threads(1)

@@ -37,7 +37,7 @@ struct ByChannel : Alone {
         x_depths(FORWARD ? p.kernel[0] : 1),
         x_columns(columns),
         y_columns(outputs),
-        x_rows(least(rows, window(p, 1, together))),
+        x_rows(least(least(rows, window(p, 1, together)), FORWARD ? most(1, p.input[1]) : rows)),  // no row outside the image
         x_row(times(x_columns, WIDTH)),
         x_depth(times(x_row, x_rows)),
         x_chunk(times(times(x_columns, x_rows, x_depths) | 1, WIDTH)),
@@ -121,10 +121,10 @@ struct ByChannel : Alone {
     if (generates_taps) span<Real, WIDEST>(s.taps, p, group, which, s.features, vectors, pixels);
   }
 
-  // One row of the outputs of a group; `together` are those that all groups run on in turn.
+  // One row of the outputs of a group; `block` are those that all groups run on in turn.
   struct Outputs {
     Index batch, group, depth, row;
-    Range together, columns;
+    Range block, columns;
   };
 
   // Runs the loops on a row of outputs and lines (`depths` x `rows`) of their window, the first of which is at `x + slot`.
@@ -136,14 +136,14 @@ struct ByChannel : Alone {
     const void* taps = s.taps + first;
     const char* coming = nullptr;  // taps to fetch meanwhile
     if (generates_taps) {
-      taps = s.taps + first + (outputs.row - outputs.together.from) * count;
+      taps = s.taps + first + (outputs.row - outputs.block.from) * count;
     } else {
       const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
       const Element* kernel = groups + outputs.group * step[1];
       // Behind the last row of a group comes the first one of the next.
-      const bool last = outputs.row + 1 == outputs.together.to;
-      const Element* next = kernel + (last ? step[1] - (outputs.together.size() - 1) * step[6] : step[6]);
+      const bool last = outputs.row + 1 == outputs.block.to;
+      const Element* next = kernel + (last ? step[1] - (outputs.block.size() - 1) * step[6] : step[6]);
       if (taps_innermost(p)) coming = reinterpret_cast<const char*>(groups + step[6]) + outputs.group * chunks * count * at.fetched;
       else if (!copies_taps) coming = reinterpret_cast<const char*>(next + first);
       if (copies_taps) copy_taps(s.taps, at, p, kernel, next, depths, count);

@@ -70,7 +70,7 @@ int involution_forward(const Problem* p) { return with_dtype<Forward>(*p, p->cha
 int involution_grad_x(const Problem* p) { return with_dtype<GradX>(*p, p->channels, p->input, run); }
 int involution_grad_kernel(const Problem* p) { return with_grad_kernel(*p, run); }
 
-// Both gradients, block by block in turns, which read the same gradient of y: one comes from memory, one from the cache.
+// Both gradients, block by block in turns, as both read the gradient of y: as a rule one from memory, one from the cache.
 int involution_gradients(const Problem* x, const Problem* kernel) {
   return with_grad_kernel(*kernel, [&](const Plan& plan) {
     return with_dtype<GradX>(*x, x->channels, x->input, [&](const Plan& other) { return run_plans(plan, &other); });

@@ -27,7 +27,7 @@ struct Tasks {
     const Index wanted_blocks = ceil_div(TASKS_PER_THREAD * threads, most(1, p.batch * depths * column_blocks));
     const Index rows_of_pixels = p.weight ? most(1, PIXELS_PER_TASK / ceil_div(columns, column_blocks)) : 1;
     row_blocks = least(rows, p.weight ? ceil_div(rows, rows_of_pixels) : most(1, least(wanted_blocks, rows / LEAST_ROWS_PER_TASK)));
-    // Few tasks are dealt out by group, too: a given kernel suffers when it is not read in order, a generated one does not.
+    // Few tasks are dealt out by group, too; given taps less often, as they suffer when they are not read in order.
     const Index tasks = p.batch * depths * row_blocks * column_blocks, wanted = (p.weight ? 4 : 2) * threads;
     // The gradient of the features is a sum over groups, so these stay together there.
     group_blocks = tasks >= wanted || p.grad_weight ? 1 : least(groups, ceil_div(wanted, most(1, tasks)));

@@ -187,9 +187,10 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index de
   });
 }
 
-// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. `coming` are taps to fetch
-// meanwhile. A core waits for some twenty lines of the cache at once, and drops what it is asked for beyond that: so what a tile
-// fetches is dealt out to the lines of its window, unless it is little.
+// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. Taps to come are fetched
+// meanwhile, but for those in the scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core
+// waits for some twenty lines of the cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt
+// out to the lines of its window, unless it is little.
 template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, Taps TAPS>
 void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns, Index depths, Index rows, const Layout& at,
                   const char* coming) {
@@ -202,12 +203,13 @@ void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns,
   };
   const auto run = [&](auto width) {
     const Index fetched = at.fetched * width, of_line = fetched > AT_ONCE ? ceil_div(fetched, most(1, depths * rows)) : 0;
-    const auto fetch = [&](Index line) {
-      if (INNERMOST) fetch_run(of_line);
-      if (TAPS != Taps::IN_PLANES) return;
-      const Tap* first = reinterpret_cast<const Tap*>(coming) + line + column;
+    const auto fetch = [&]([[maybe_unused]] Index line) {
+      if constexpr (TAPS == Taps::IN_RUNS) fetch_run(of_line);
+      if constexpr (TAPS == Taps::IN_PLANES) {
+        const Tap* first = reinterpret_cast<const Tap*>(coming) + line + column;
 #pragma GCC unroll 16
-      for (Index t = 0; t < (K ? K : at.taps); ++t) __builtin_prefetch(first + t * at.tap_column, 0, 2);
+        for (Index t = 0; t < (K ? K : at.taps); ++t) __builtin_prefetch(first + t * at.tap_column, 0, 2);
+      }
     };
     for (; column + width <= columns; column += width) {
       if (of_line == 0) fetch_run(fetched);

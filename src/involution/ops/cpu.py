@@ -100,7 +100,7 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
 def gradients(
     outs: Sequence[Tensor], grad: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints
 ) -> None:
-    """Fill `outs` as `grad_x` and `grad_kernel` do, to the bit, but read `grad` only once."""
+    """Fill `outs` as `grad_x` and `grad_kernel` do, to the bit, in turns: the second finds `grad` in the cache."""
     for out in outs:
         _in_large_pages(out)
     window = (stride, padding, dilation)

@@ -235,7 +235,10 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _at_once(grad: Tensor, x: Tensor, kernel: Tensor, window: Sequence[Ints]) -> tuple[Tensor, Tensor] | None:
-    """The gradients of x and the kernel by one call of the C++ code, unless something watches or one is empty: None."""
+    """The gradients of x and the kernel by one call of the C++ code.
+
+    None where that would be noticed, where they are to be derived in turn, and where one of the tensors is empty.
+    """
     tensors = (grad, x, kernel)
     if not (cpu.available() and unwatched(tensors)) or recorded(tensors) or 0 in [t.numel() for t in tensors]:
         return None
