@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from involution import Involution2d, implementations, involution
+from involution.ops import library
 
 from ..cases import LAYOUTS, OPS, Case, arguments, case, run_served
 
@@ -90,6 +91,9 @@ def test_no_memory_for_an_absurd_window() -> None:
     stride, x = 2**30 - 1, torch.ones(1).expand(1, 2**20, 1, 1)  # one row of it is more than any address space
     with pytest.raises(MemoryError, match=r"no memory for the scratch .* stride \(1073741823, 1073741823\)"):
         involution(x, torch.ones(1, 1, 1, 1, 2, 2), stride=stride, padding=2**29)
+    window = ((1, 1), (2**29, 2**29), (2**30, 2**30))
+    with pytest.raises(MemoryError, match=r"scratch of involution_gradients .* dilation \(1073741824"):
+        library._at_once(x, x, torch.ones(1, 1, 2, 2, 1, 1), window)
 
 
 def test_adjoint_identity_on_random_windows() -> None:
