@@ -134,7 +134,7 @@ def test_a_run_that_fails_is_told_when_the_others_are_done(tiny, capsys, monkeyp
 
     measured = ("minutes", "peak_mib", "validation_accuracy", "test_accuracy", "device", "threads", "torch", "commit")
     monkeypatch.setattr(command, "train", train)
-    monkeypatch.setattr(command, "costs", lambda *_: {"K = 3": Row("K = 3", 1, 2, 3.0, {})})
+    monkeypatch.setattr(command, "costs", lambda *_: {"K = 3": Row("K = 3", 1, 2, 3.0, 3.0, 1, {})})
     monkeypatch.setattr(command, "ProcessPoolExecutor", lambda count, mp_context, **_: ThreadPoolExecutor(count))
     assert main(["study", tiny(rates=[0.002, 0.004, 0.008]), "--out", "out"]) == 2
     told = "1 of 3 runs failed; the first, K = 3 with seed 0 at the learning rate 0.002: the loss is nan"

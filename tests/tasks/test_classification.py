@@ -169,20 +169,23 @@ def test_own_checkpoint_is_welcome():
 
 def test_measured_cost_of_a_known_layer():
     layer = nn.Conv2d(2, 3, 3, padding=1, bias=False)
-    (row,) = measure({"layer": layer}, [{"accuracy": 0.5}], torch.rand(1, 2, 4, 4))
-    assert (row.parameters, row.macs, row.measures) == (54, 54 * 16, {"accuracy": 0.5})
-    assert row.latency > 0
+    (row,) = measure({"layer": layer}, [{"accuracy": 0.5}], torch.rand(64, 2, 4, 4))
+    assert (row.parameters, row.macs, row.batch, row.measures) == (54, 54 * 16, 64, {"accuracy": 0.5})
+    assert 0 < row.in_batch < row.latency
+    (row,) = measure({"layer": layer}, [{}], torch.rand(1, 2, 4, 4))
+    assert (row.batch, row.in_batch) == (1, row.latency)
 
 
 def test_the_table_has_a_row_for_each_network():
-    text = table(
-        [Row("a", 1_500_000, 2_000_000, 3.0, {"accuracy": 0.975}), Row("longer", 10, 20, 30.0, {"accuracy": 1.0})]
-    )
-    assert text.splitlines() == [
-        "| model  | parameters | MACs / image | latency / image | test accuracy |",
-        "|--------|-----------:|-------------:|----------------:|--------------:|",
-        "| a      |     1.50 M |       2.00 M |         3.00 ms |         97.5% |",
-        "| longer |     0.00 M |       0.00 M |        30.00 ms |        100.0% |",
+    rows = [
+        Row("a", 1_500_000, 2_000_000, 3.0, 0.25, 8, {"accuracy": 0.975}),
+        Row("longer", 10, 20, 30.0, 1.0, 8, {"accuracy": 1.0}),
+    ]
+    assert table(rows, [0.5, 12.0]).splitlines() == [
+        "| model  | parameters | MACs / image |  latency | in batches of 8 |   fit | test accuracy |",
+        "|--------|-----------:|-------------:|---------:|----------------:|------:|--------------:|",
+        "| a      |     1.50 M |       2.00 M |  3.00 ms |         0.25 ms |  30 s |         97.5% |",
+        "| longer |     0.00 M |       0.00 M | 30.00 ms |         1.00 ms | 720 s |        100.0% |",
     ]
 
 

@@ -92,7 +92,7 @@ def test_a_segmentor_and_its_mirror_are_compared_and_predict(capsys, monkeypatch
     run = Path("runs/scenes/semantic_fpn")
     assert (run / "curves.png").stat().st_size > 10_000
     rows = (run / "results.csv").read_text().splitlines()
-    assert rows[0].startswith("recipe,model,parameters,macs,ms,mIoU,minutes,")
+    assert rows[0].startswith("recipe,model,parameters,macs,ms,ms_in_batch,batch,mIoU,minutes,")
     assert rows[1].startswith("scenes/semantic_fpn,rednet26,")
     assert rows[2].startswith("scenes/semantic_fpn,resnet26 (mirror),")
     assert main(["predict", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0

@@ -39,12 +39,13 @@ class Comparison:
 
         batch = next(iter(rednet.datamodule.test_dataloader()))
         batch = rednet.trainer.strategy.batch_to_device(batch, rednet.model.device)
-        rows = measure({name: fit.model for name, fit in fits.items()}, measures, batch[0][:1])
+        rows = measure({name: fit.model for name, fit in fits.items()}, measures, batch[0])
         logs = {name: Path(fit.trainer.log_dir) / "metrics.csv" for name, fit in fits.items()}
         draw_curves(logs, rednet.model.measures[0], folder / "curves.png")
-        (folder / "table.md").write_text(table(rows) + "\n")
+        text = table(rows, minutes)
+        (folder / "table.md").write_text(text + "\n")
         write(rows, self._name, minutes, rednet.model.device.type, folder / "results.csv")
-        print(f"\n{table(rows)}\n")
+        print(f"\n{text}\n")
         for what, where in (
             ("checkpoint", folder / "checkpoints" / LAST),
             ("mirror's", folder / "mirror" / "checkpoints" / LAST),

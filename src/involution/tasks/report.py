@@ -15,51 +15,56 @@ from torch import Tensor, nn
 from involution import cost
 from involution.analysis.record import here
 
-_SECONDS = 30.0  # of timing, at most
+_SECONDS = 30.0  # of timing images alone, and of timing batches, at most
 
 
 @dataclass(frozen=True)
 class Row:
-    """A network: `parameters`, multiply-adds of one image, milliseconds for one image, and what a test measured."""
+    """A network: `parameters`, multiply-adds of one image, and what a test measured.
+
+    `latency` are milliseconds for one image alone, `in_batch` for each of a batch of `batch` images.
+    """
 
     name: str
     parameters: int
     macs: int
     latency: float
+    in_batch: float
+    batch: int
     measures: Mapping[str, float]
 
 
 def measure(
-    networks: Mapping[str, nn.Module], measures: Sequence[Mapping[str, float]], image: Tensor | list[Tensor]
+    networks: Mapping[str, nn.Module], measures: Sequence[Mapping[str, float]], images: Tensor | list[Tensor]
 ) -> list[Row]:
     """A row for each network.
 
     Args:
         networks: the networks by name.
         measures: what a test measured of each, by name, from 0 to 1.
-        image: a batch of one, as the networks take it, on their device.
+        images: a batch, as the networks take it, on their device.
     """
-    for network in networks.values():
-        network.eval()
-    with torch.inference_mode():
-        runs = {name: partial(network, image) for name, network in networks.items()}
-        times = cost.interleaved(runs, device=image[0].device, seconds=_SECONDS)
+    image, batch = images[:1], len(images)
+    alone = in_batch = _times(networks, image)
+    if batch > 1:
+        in_batch = {name: time / batch for name, time in _times(networks, images, rounds=20, warm_up=2).items()}
     return [
-        Row(name, cost.parameters(network), cost.macs(network, image), median(times[name]), measured)
+        Row(name, cost.parameters(network), cost.macs(network, image), alone[name], in_batch[name], batch, measured)
         for (name, network), measured in zip(networks.items(), measures, strict=True)
     ]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text that Markdown also understands."""
-    names = list(rows[0].measures)
-    lines = [("model", "parameters", "MACs / image", "latency / image", *(f"test {name}" for name in names))]
+def table(rows: Sequence[Row], minutes: Sequence[float]) -> str:
+    """The rows, and how long each fit took, as text that Markdown also understands."""
+    names, batch = list(rows[0].measures), rows[0].batch
+    head = ("model", "parameters", "MACs / image", "latency", f"in batches of {batch}", "fit")
+    lines = [(*head, *(f"test {name}" for name in names))]
     lines += [
         (
             *(r.name, f"{r.parameters / 1e6:.2f} M", f"{r.macs / 1e6:.2f} M", f"{r.latency:.2f} ms"),
-            *(f"{r.measures[name]:.1%}" for name in names),
+            *(f"{r.in_batch:.2f} ms", f"{60 * taken:.0f} s", *(f"{r.measures[name]:.1%}" for name in names)),
         )
-        for r in rows
+        for r, taken in zip(rows, minutes, strict=True)
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
@@ -95,6 +100,7 @@ def write(rows: Sequence[Row], recipe: str, minutes: Sequence[float], device: st
     with path.open("w", newline="") as file:
         lines = [
             {"recipe": recipe, "model": r.name, "parameters": r.parameters, "macs": r.macs, "ms": round(r.latency, 2)}
+            | {"ms_in_batch": round(r.in_batch, 3), "batch": r.batch}
             | {name: round(value, 4) for name, value in r.measures.items()}
             | {"minutes": round(taken, 1)}
             | here(device)
@@ -103,6 +109,16 @@ def write(rows: Sequence[Row], recipe: str, minutes: Sequence[float], device: st
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def _times(networks: Mapping[str, nn.Module], images: Tensor | list[Tensor], **rounds: int) -> dict[str, float]:
+    """Milliseconds that each network takes for `images`, at once."""
+    for network in networks.values():
+        network.eval()
+    with torch.inference_mode():
+        runs = {name: partial(network, images) for name, network in networks.items()}
+        times = cost.interleaved(runs, device=images[0].device, seconds=_SECONDS, **rounds)
+    return {name: median(found) for name, found in times.items()}
 
 
 def _column(path: Path, name: str) -> tuple[list[int], list[float]]:
