@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from involution.generators import (
     POINTWISE,
@@ -16,8 +17,10 @@ from involution.generators import (
     SpanGenerator,
     build,
 )
-from involution.ops.functional import autocast_enabled, generated_involution, involution
+from involution.ops.functional import generated_involution, involution
+from involution.ops.unwatched import autocast_enabled
 from involution.ops.window import IntOrInts, Window, whole
+from involution.pointwise import traced
 
 
 class _Involution(nn.Module):
@@ -84,6 +87,8 @@ class _Involution(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced(self, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"`x` must be a tensor; got {type(x).__name__}.")
         if x.dim() != self.rank + 2 or x.shape[1] != self.channels:

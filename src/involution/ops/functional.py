@@ -6,22 +6,19 @@ Letters, here and everywhere: `B` batch, `C` channels, `G` groups, `D` = C / G c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
 from involution.ops import library, reference
-from involution.ops.unwatched import unwatched
+from involution.ops.transformed import transformed
+from involution.ops.unwatched import autocast_enabled, unwatched
 from involution.ops.window import IntOrInts, Window, whole
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Asked once, as compiled code cannot ask in torch 2.11; of the other types of devices torch may refuse to answer.
-_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
 
 
 def involution(
@@ -77,8 +74,6 @@ def involution(
     window = Window.normalise(rank, kernel_size, stride, padding, dilation)
     _check_sizes(x, "kernel", kernel, kernel.shape[1], window)
     settings = (window.stride, window.padding, window.dilation)
-    if forward_ad._current_level >= 0:
-        return _with_tangent(library.forward, x, kernel, *settings)
     return _call(library.forward, (x, kernel), given, settings)
 
 
@@ -149,9 +144,9 @@ def generated_involution(
             f"{tuple(bias.shape)}."
         )
     _check_sizes(x, "features", features, weight.shape[0] // taps, window)
-    if forward_ad._current_level >= 0:
+    if transformed():
         kernel = reference.span(features, weight, bias, window.kernel_size)
-        return _with_tangent(library.forward, x, kernel, window.stride, window.padding, window.dilation)
+        return _call(library.forward, (x, kernel), given, (window.stride, window.padding, window.dilation))
     settings = (window.kernel_size, window.stride, window.padding, window.dilation)
     return _call(library.generated, (x, features, weight, bias), given, settings)
 
@@ -208,9 +203,8 @@ def local_products(
         raise ValueError(f"`groups` must divide the {x.shape[1]} channels of `query` and `x`; got {groups}.")
     _check_sizes(x, "query", query, groups, window)
     settings = (groups, window.kernel_size, window.stride, window.padding, window.dilation)
-    if forward_ad._current_level >= 0:
-        return _with_tangent(library.grad_kernel, query, x, *settings)
-    return library.grad_kernel(query, x, *settings)
+    kernel: Tensor = library.call(library.grad_kernel, (query, x), *settings)
+    return kernel
 
 
 # Settings, spelled out, of calls that have passed all checks, by all that these look at: to check takes longer than to
@@ -230,7 +224,7 @@ def _call(op: OpOverload, tensors: tuple[Tensor, ...], given: tuple[object, ...]
         if len(_passed) == _MOST_PASSED:
             _passed.clear()
         _passed[looked_at] = settings
-    out: Tensor = op(*tensors, *settings)
+    out: Tensor = library.call(op, tensors, *settings) if transformed() else op(*tensors, *settings)
     return out
 
 
@@ -240,15 +234,6 @@ def _looked_at(op: object, tensors: tuple[Tensor, ...], given: tuple[object, ...
         if type(value) is not int and (type(value) is not tuple or any(type(entry) is not int for entry in value)):
             return None
     return (op, given, *[(t.dtype, t.shape) for t in tensors])
-
-
-def _with_tangent(product: Callable[..., Tensor], a: Tensor, b: Tensor, *settings: object) -> Tensor:
-    """An op that is linear in `a` and in `b`, of dual tensors of forward-mode differentiation: the product rule."""
-    (a, da), (b, db) = forward_ad.unpack_dual(a), forward_ad.unpack_dual(b)
-    y = product(a, b, *settings)
-    tangents = [product(da, b, *settings)] if da is not None else []
-    tangents += [product(a, db, *settings)] if db is not None else []
-    return forward_ad.make_dual(y, torch.stack(tangents).sum(0)) if tangents else y
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
@@ -276,11 +261,6 @@ def _check_alike(x: Tensor, name: str, value: Tensor) -> None:
             f"`x` and `{name}` must share a dtype; got {x.dtype} and {value.dtype}. "
             "Convert one of them; torch.autocast does so for all but float64."
         )
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether tensors on this type of device are cast by `torch.autocast` now; never on one that it does not know."""
-    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def _autocast(x: Tensor) -> Tensor:

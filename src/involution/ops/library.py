@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from involution.ops import cpu, flops, reference
+from involution.ops.transformed import transformable, transformed
 from involution.ops.unwatched import recorded, unwatched
 
 Ints = Sequence[int]
@@ -53,8 +54,10 @@ grad_kernel = torch.ops.involution.grad_kernel.default
 
 
 def call(op: OpOverload, tensors: tuple[Tensor, ...], *settings: Any) -> Any:
-    """op(*tensors, *settings), around torch's dispatcher where nothing would notice."""
-    return call_on_cpu(op, tensors, *settings) if unwatched(tensors) else op(*tensors, *settings)
+    """op(*tensors, *settings), around torch's dispatcher where nothing would notice, or within a transform."""
+    if unwatched(tensors):
+        return call_on_cpu(op, tensors, *settings)
+    return (_transformable[op] if transformed() else op)(*tensors, *settings)
 
 
 def call_on_cpu(op: OpOverload, tensors: tuple[Tensor, ...], *settings: Any) -> Any:
@@ -312,6 +315,7 @@ def _grad_kernel_backward(ctx: Any, kernel: Tensor) -> tuple[Tensor | None, ...]
 
 
 _recorded: dict[OpOverload, Callable[..., Any]] = {}  # what `call_on_cpu` calls where derivatives are asked for
+_transformable: dict[OpOverload, Callable[..., Any]] = {}  # what serves the transforms of torch.func
 
 
 def _differentiate(op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
@@ -327,10 +331,14 @@ def _differentiate(op: OpOverload, backward: Callable[..., Any], setup_context: 
     _recorded[op] = type(f"{op._opname}_on_cpu", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
 
-_differentiate(forward, _forward_backward, _forward_context)
 _differentiate(generated, _generated_backward, _generated_context)
-_differentiate(grad_x, _grad_x_backward, _grad_x_context)
-_differentiate(grad_kernel, _grad_kernel_backward, _grad_kernel_context)
+for _op, _backward, _context in (
+    (forward, _forward_backward, _forward_context),
+    (grad_x, _grad_x_backward, _grad_x_context),
+    (grad_kernel, _grad_kernel_backward, _grad_kernel_context),
+):
+    _differentiate(_op, _backward, _context)
+    _transformable[_op] = transformable(_op, _backward, _context)
 
 
 flops.register_when_counted()

@@ -8,11 +8,16 @@ Shapes: x, its gradient (B, C, *S); out, its gradient (B, C, *O); kernel (B, G, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from involution.ops.unwatched import autocast_enabled
 
 Ints = Sequence[int]
 
@@ -35,8 +40,9 @@ def generated(
 
 def span(features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints) -> Tensor:
     """The kernel (B, G, *K, *O): weight (G * T, R) @ features (B, R, *O) + bias (G * T,) at every position."""
-    taps = F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)  # channels innermost, as the loops like it
-    return taps.unflatten(1, (-1, *kernel_size))
+    with _as_given(features):
+        taps = F.linear(features.movedim(1, -1), weight, bias)
+    return taps.movedim(-1, 1).unflatten(1, (-1, *kernel_size))  # channels innermost, as the loops like it
 
 
 def generated_grad_x(
@@ -64,9 +70,13 @@ def grad_span(
 
 def through_span(kernel: Tensor, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of features, weight and bias in `span` from that of the kernel."""
-    taps = kernel.flatten(1, -features.dim() + 1).movedim(1, -1)  # (B, *O, G * T)
-    every = taps.flatten(0, -2)
-    return (taps @ weight).movedim(-1, 1), every.T @ features.movedim(1, -1).flatten(0, -2), every.sum(0)
+    (batch, reduced, *size), taps = features.shape, weight.shape[0]
+    places = batch * prod(size)
+    # The old vmap that torch.autograd.functional uses has no rule for `flatten`.
+    last = kernel.reshape(batch, taps, *size).movedim(1, -1)
+    every, made = last.reshape(places, taps), features.movedim(1, -1).reshape(places, reduced)
+    with _as_given(features):
+        return (last @ weight).movedim(-1, 1), every.T @ made, every.sum(0)
 
 
 def like_span(features: Tensor, weight: Tensor, kernel_size: Ints) -> Tensor:
@@ -110,6 +120,12 @@ def _pad(x: Tensor, padding: Ints) -> Tensor:
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1))  # (B, C, *) -> (B, G, D, *)
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it, torch.autocast leaves products their dtype: what it had to cast was cast before it came here."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def _accurate(x: Tensor) -> Tensor:

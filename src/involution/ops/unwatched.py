@@ -1,4 +1,4 @@
-"""Whether an op may go around torch's dispatcher, whose turns in Python take as long as a small convolution."""
+"""What torch is about to do with an op, and whether that may go around its dispatcher, whose turns take their time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses may have a dispatch of their own
+
+
+# Asked once, as compiled code cannot ask in torch 2.11; of the other types of devices torch may refuse to answer.
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
 
 
 def _bits(*keys: str) -> int:
@@ -39,6 +43,11 @@ def unwatched(tensors: tuple[Tensor, ...]) -> bool:
     if _mode_keys().raw_repr() not in _ALONE or _function_modes() or forward_ad._current_level >= 0:
         return False
     return all(type(t) in _PLAIN and _tensor_keys(t).raw_repr() in _DENSE for t in tensors)
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether tensors on this type of device are cast by `torch.autocast` now; never on one that it does not know."""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def recorded(tensors: tuple[Tensor, ...]) -> bool:
