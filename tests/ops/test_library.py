@@ -85,6 +85,22 @@ def test_a_frozen_input_keeps_nothing_alive_but_the_other() -> None:
     assert [t.data_ptr() for t in saved] == [x.data_ptr()]
 
 
+def test_tensors_of_several_dtypes_are_refused() -> None:
+    if implementations()["cpu"].startswith("reference"):
+        pytest.skip("the reference serves them")
+    x, kernel, window = torch.randn(1, 4, 5, 5), torch.randn(1, 2, 3, 3, 5, 5), ((1, 1), (1, 1), (1, 1))
+    features, weight, bias = torch.randn(1, 3, 5, 5), torch.randn(18, 3), torch.randn(18)
+    ops, told = torch.ops.involution, r"must share a dtype; got torch\.\w+, torch\.\w+ and torch\.\w+\."
+    with pytest.raises(TypeError, match=told):
+        ops.forward(x, kernel.bfloat16(), *window)
+    with pytest.raises(TypeError, match=told):
+        ops.grad_x(x.half(), kernel, (5, 5), *window)
+    with pytest.raises(TypeError, match=told):
+        ops.grad_kernel(x.double(), x, 2, (3, 3), *window)
+    with pytest.raises(TypeError, match=told):
+        ops.generated(x, features.half(), weight, bias, (3, 3), *window)
+
+
 def test_no_memory_for_an_absurd_window() -> None:
     if implementations()["cpu"].startswith("reference"):
         pytest.skip("the reference asks torch for the memory")

@@ -114,6 +114,7 @@ def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> Non
 
 
 def _problem(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -> bytes:
+    _check_alike(x, kernel, y)
     sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
     return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 7)
 
@@ -132,6 +133,7 @@ def _call_generated(
     That is features, weight and bias; `grads` are their gradients and memory for partial sums, (lots, ...), or nothing.
     """
     features, weight, bias = span
+    _check_alike(x, y, features)
     grad_stride, lots = (grads[0].stride(), len(grads[-1])) if grads else ((0,) * x.dim(), 0)
     sizes = _generated_sizes(
         *(x.dtype, x.shape, x.stride(), y.stride(), weight.shape[0] // prod(kernel_size), tuple(kernel_size)),
@@ -140,6 +142,12 @@ def _call_generated(
     given = (features.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
     _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled),), x, window)
+
+
+def _check_alike(a: Tensor, b: Tensor, c: Tensor) -> None:
+    """The C++ code takes the dtype of one for that of all; the ops may be called without the checks of `functional`."""
+    if not a.dtype is b.dtype is c.dtype:
+        raise TypeError(f"the tensors of an op must share a dtype; got {a.dtype}, {b.dtype} and {c.dtype}.")
 
 
 def _in_large_pages(out: Tensor) -> None:
