@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import _has_any_global_hook
 
 from involution.names import unknown
 from involution.ops.functional import local_products
 from involution.ops.window import per_axis, whole
-from involution.pointwise import PointwiseConv1d, PointwiseConv2d, PointwiseConv3d, fold_norms
+from involution.pointwise import PointwiseConv1d, PointwiseConv2d, PointwiseConv3d, fold_norms, is_watched
 
 POINTWISE = (PointwiseConv1d, PointwiseConv2d, PointwiseConv3d)
 _CONV: tuple[Callable[..., _ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -65,8 +66,7 @@ class SpanGenerator(nn.Module):
             type(self).forward is SpanGenerator.forward
             and type(span) in POINTWISE
             and span.bias is not None
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in (self, span))
-            and not any(m._backward_hooks or m._backward_pre_hooks for m in (self, span))
+            and not (is_watched(self) or is_watched(span) or _has_any_global_hook())
         )
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Pointwise(_ConvNd):
     """What the pointwise convolutions of all ranks share."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced(self, x)
         last = x.movedim(1, -1)
         if x.device.type != "cpu" or x.dim() != self.weight.dim() or not last.is_contiguous():
             return super().forward(x)  # of the convolution that is mixed in
@@ -54,13 +61,30 @@ class PointwiseConv3d(_Pointwise, nn.Conv3d):
         super().__init__(in_channels, out_channels, 1, stride, bias=bias)
 
 
+def traced(module: nn.Module, x: Proxy) -> Any:
+    """A call of `module` as one node of a graph of torch.fx, which cannot follow what depends on sizes and devices."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})  # type: ignore[attr-defined]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody notices or changes how `module` is called: by a hook, or by a `forward` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def fold_norms(module: nn.Module, **norms: str) -> None:
     """Fold batch norms into the convolutions before them, for inference: the same numbers to rounding, sooner.
 
     Args:
         module: in evaluation mode; changed in place.
         norms: by the name of a child that is a convolution, the name of the norm that follows it, which becomes an
-            identity. Children of other types, and norms without running statistics, stay as they are.
+            identity. Children of other types, norms without running statistics, and what has hooks or parametrizations
+            stay as they are.
 
     Raises:
         ValueError: if `module` is in training mode.
@@ -69,6 +93,11 @@ def fold_norms(module: nn.Module, **norms: str) -> None:
         raise ValueError("`module` must be in evaluation mode for its norms to be folded. Call `.eval()` first.")
     for conv_name, norm_name in norms.items():
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
-        if isinstance(conv, _ConvNd) and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+        if not isinstance(conv, _ConvNd) or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+            continue
+        # A norm of another type may do more than normalise, as timm's with an activation do; weights that are made
+        # from others are no parameters.
+        plain = type(norm) in _NORMS and conv._parameters.get("weight") is not None
+        if plain and not (conv._forward_hooks or "forward" in conv.__dict__ or is_watched(norm)):
             setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
             setattr(module, norm_name, nn.Identity())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from involution import Involution2d
@@ -211,6 +211,33 @@ def test_layer_keeps_no_kernel_for_the_backward_pass() -> None:
             layer(x)
     assert max(saved[False]) == x.numel() * 49 // 16
     assert max(saved[True]) == x.numel()
+
+
+@pytest.mark.parametrize("generator", ["bottleneck", "linear", "neighbourhood"])
+def test_a_graph_of_derivatives_within_autocast(generator: str) -> None:
+    """The forward pass was not within it, so nothing is to be cast."""
+    layer, x = Involution2d(16, 3, generator=generator), torch.randn(2, 16, 9, 9, requires_grad=True)
+    y, inputs = layer(x).sum(), [x, *layer.parameters()]
+    expected = torch.autograd.grad(y, inputs, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, inputs, create_graph=True)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["generator", "generator.span"])
+def test_another_forward_of_an_instance_is_called(name: str) -> None:
+    """As tools put there that move weights from device to device."""
+    layer, x = Involution2d(32, 3).eval(), torch.randn(1, 32, 5, 5)
+    module = layer.get_submodule(name)
+    own = module.forward
+    module.forward = lambda x: own(x) * 0
+    assert not layer(x).any()
+    del module.forward
+    assert layer(x).any()
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        layer(x)
+    assert module in seen
 
 
 def test_hooks_see_the_kernel() -> None:
