@@ -1,12 +1,14 @@
 """RedNet: the paper's counts, timm's contract, and what an argument that does not fit is told."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from timm.models import load_checkpoint
 from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
@@ -415,6 +417,53 @@ def test_networks_that_were_changed_train_alike(change: Callable[[RedNet], None]
     assert all(map(torch.equal, *results))
 
 
+def test_evaluation_mode_between_forward_and_backward() -> None:
+    x, results = torch.randn(2, 3, 33, 32), []
+    for again in (False, True):
+        model = slim(recompute_stem=again).train()
+        model.set_grad_checkpointing(again)
+        loss = model(x).square().sum()
+        model.eval()
+        loss.backward()
+        assert not any(module.training for module in model.modules())
+        results.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(map(torch.equal, *results))
+
+
+def test_threads_that_train_one_network_leave_its_norms_whole() -> None:
+    model, x = slim().train(), torch.randn(2, 3, 32, 32)
+
+    def train(_: int) -> None:
+        for _ in range(10):
+            model(x).sum().backward()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(train, range(4)))
+    assert {norm.momentum for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_traced_by_fx(train: bool) -> None:
+    """Feature extractors of timm and torchvision do so."""
+    x, model = torch.randn(2, 3, 33, 65), slim().train(train)
+    model.eval()
+    expected = model.forward_features(x)
+    traced = torch.fx.symbolic_trace(model.train(train)).eval()
+    torch.testing.assert_close(traced(x), model.eval()(x))
+    (feature,) = timm.create_model(
+        "rednet26", features_only=True, out_indices=(4,), feature_cls="fx", base_width=16, stem_width=32
+    ).eval()(x)
+    assert feature.shape[2:] == expected.shape[2:]
+
+
+def test_another_forward_of_the_stem_is_called_in_training() -> None:
+    model, seen = slim().train(), []
+    own = model.stem.forward
+    model.stem.forward = lambda x: seen.append(x) or own(x)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(seen) == 1
+
+
 def test_transforms_and_traces_of_training() -> None:
     """They cannot run layers again, and are not asked to."""
     x, seen = torch.randn(2, 3, 32, 32), []
@@ -474,6 +523,22 @@ def test_norms_fold_into_convolutions(stem: str) -> None:
     torch.testing.assert_close(folded(x), net(x), rtol=1e-11, atol=1e-11)
     with pytest.raises(ValueError, match="`module` must be in evaluation mode"):
         reparameterize_model(net.train())
+
+
+_UNFOLDABLE: dict[str, Callable[[Involution2d], Any]] = {
+    "norm with an activation": lambda layer: setattr(layer.generator, "norm", BatchNormAct2d(4)),
+    "hook on the norm": lambda layer: layer.generator.norm.register_forward_hook(lambda *_: _[2].square()),
+    "hook on the convolution": lambda layer: layer.generator.reduce.register_forward_hook(lambda *_: _[2].square()),
+    "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer.generator.reduce),
+}
+
+
+@pytest.mark.parametrize("change", _UNFOLDABLE.values(), ids=_UNFOLDABLE)
+def test_norms_that_do_not_fold(change: Callable[[Involution2d], Any]) -> None:
+    layer, x = Involution2d(16, 3), torch.randn(2, 16, 9, 9)
+    change(layer)
+    layer(x)
+    torch.testing.assert_close(reparameterize_model(layer.eval())(x), layer(x))
 
 
 @pytest.mark.parametrize(("base_width", "stem_width"), [(64, 64), (16, 32)])

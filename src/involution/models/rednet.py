@@ -19,11 +19,12 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from involution.models.official import backbone
 from involution.models.recompute import recomputed, recomputes
 from involution.nn import Involution2d
-from involution.pointwise import PointwiseConv2d, fold_norms
+from involution.pointwise import PointwiseConv2d, fold_norms, is_watched
 
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
@@ -99,7 +100,8 @@ class RedNet(nn.Module):
             `Involution2d`.
         fused: let the involutions generate their kernels part by part where they are used; see `Involution2d`.
         recompute_stem: in training, run the stem's norms, activations and pool again in the backward pass instead of
-            keeping what they give: less memory for hardly more time. Compilers choose for themselves what to keep.
+            keeping what they give: less memory for hardly more time. Weights must stay what they are until then.
+            Compilers choose for themselves what to keep.
         zero_init_last: start every block as its shortcut, by a last norm of zero.
 
     `groups`, `group_channels` and `reduction` leave the stem alone, as the paper's ablations do.
@@ -412,8 +414,8 @@ def _is_plain(stem: nn.Module) -> bool:
     return (
         type(stem) is ConvNorms
         and stem._compiled_call_impl is None
-        and not any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in stem.modules())
-        and not any(m._forward_pre_hooks for m in stem.modules() if m is not stem.conv1)  # which has `_check_images`
+        and not any(is_watched(m) for m in stem.modules() if m is not stem.conv1)  # which runs only once
+        and not _has_any_global_hook()
     )
 
 
