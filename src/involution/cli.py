@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from importlib.util import find_spec
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM, Signals
 from textwrap import wrap
 from typing import Any
 
@@ -33,6 +33,7 @@ _TOLD = {
     "BadItemError",
     "DataError",
     "DivergedError",
+    "MisconfigurationException",
 }  # what a run raises for the user; by name, as few commands import them
 _DISK = {ENOSPC, EDQUOT, EACCES, EPERM, EROFS, EFBIG, ENOTDIR}
 _COMMANDS = {
@@ -58,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 after a mistake of the user or when a disk is full, which is told in one line on stderr;
-        143 if the system ended the process.
+        143 if the system ended the process, 130 if the user did.
 
     Errors inside a run that has begun are not the user's, and keep their traceback.
     """
@@ -81,11 +82,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     try:
         run()
-    except ValueError as error:
-        if type(error).__name__ not in _TOLD:
-            raise
-        told = str(error).rpartition("BadItemError: ")[2]  # a worker process sends its traceback along
-        return _refuse(told)
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -93,12 +89,25 @@ def main(args: Sequence[str] | None = None) -> int:
             f"{error.filename or 'a file'} cannot be written: {error.strerror}. What was complete is untouched: make "
             "room, or give another `--folder`; a fit goes on by `--ckpt_path last`."
         )
-    except SystemExit as error:
-        if type(error).__name__ != "SIGTERMException":
+    except Exception as error:
+        if type(error).__name__ not in _TOLD:
             raise
-        print("involution: ended by SIGTERM; a fit goes on by `--ckpt_path last`.", file=sys.stderr)
-        return 128 + SIGTERM
+        told = str(error).rpartition("BadItemError: ")[2]  # a worker process sends its traceback along
+        return _refuse(told)
+    except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":
+            return _ended(SIGTERM)
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into this
+            return _ended(SIGINT)
+        raise
+    except KeyboardInterrupt:
+        return _ended(SIGINT)
     return 0
+
+
+def _ended(signal: Signals) -> int:
+    print(f"involution: ended by {signal.name}; a fit goes on by `--ckpt_path last`.", file=sys.stderr)
+    return 128 + signal
 
 
 def _refuse(message: str) -> int:

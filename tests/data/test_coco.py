@@ -10,6 +10,7 @@ from PIL import Image
 
 from involution.data.coco import Coco, CocoItems
 from involution.data.items import BadItemError, lists
+from involution.data.order import DataError
 
 
 def annotation(number: int, image: int, box: list[float], category: int = 18, **more: object) -> dict[str, object]:
@@ -121,6 +122,25 @@ def test_bad_annotations_are_named_or_skipped(root: Path, index: int, values: di
     data = items(root, skip_bad=True)
     assert len(lists([data[number] for number in range(3)])[0]) == 2
     assert data.skipped == 1
+
+
+@pytest.mark.parametrize("name", ["bbox", "area"])
+def test_annotations_that_lack_something_are_named(root: Path, name: str) -> None:
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0][name]
+    path.write_text(json.dumps(content))
+    for train in (False, True):
+        with pytest.raises(BadItemError, match=rf"annotation 1 of image 7 in .* has no `{name}`\."):
+            items(root, train=train)[0]
+
+
+def test_no_objects_to_train_on(root: Path) -> None:
+    path = root / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    assert len(items(root)) == 3
+    with pytest.raises(DataError, match=r"no image in .*instances_val2017\.json has an object to train on\."):
+        items(root, train=True)
 
 
 def test_training_batches_stay_full(root: Path) -> None:

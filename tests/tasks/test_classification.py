@@ -143,6 +143,7 @@ def test_an_unknown_option_is_named_with_the_nearest(mirror):
         ({"warmup_from": 2.0}, "`warmup_from` must be a share of `lr`, from 0 to 1; got 2"),
         ({"floor": -1.0}, "`floor` must be a share of `lr`, from 0 to 1; got -1"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"optimizer": "adamww"}, "`optimizer`: unknown optimizer 'adamww'; did you mean 'adamw"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(setting, told):

@@ -54,6 +54,11 @@ def test_a_detector_is_fitted_tested_and_predicts(tmp_path, capsys):
     for entry in found:
         assert set(entry) == {"image_id", "category_id", "bbox", "score", "segmentation"}
         assert 1 <= entry["category_id"] <= 10
+    (tmp_path / "photographs" / "truncated.png").write_bytes(b"no image")  # the last of its folder
+    assert main(["predict", "--ckpt_path", checkpoint, "--images", "photographs"]) == 2
+    assert "truncated.png cannot be read as an image" in capsys.readouterr().err.splitlines()[-1]
+    assert isinstance(json.loads((folder.with_name("predictions-2") / "predictions.json").read_text()), list)
+    (tmp_path / "photographs" / "truncated.png").unlink()
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
     for images, told in (

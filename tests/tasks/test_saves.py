@@ -87,6 +87,40 @@ def test_a_fit_goes_on_from_any_step_to_the_same_weights():
         assert_same("whole", folder)
 
 
+def rates(folder):
+    with (Path(folder) / "metrics.csv").open(newline="") as file:
+        return [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+
+
+def test_a_fit_goes_on_with_the_settings_it_is_given():
+    with at(STEPS + 1, lambda: shutil.copy("whole/checkpoints/last.ckpt", "epoch.ckpt")):
+        assert main([*FIT, "--folder", "whole", "--model.lr", "0.004"]) == 0
+    lower = ["--model.lr", "0.001", "--model.weight_decay", "0.5", "--model.optimizer_options", "{betas: [0.8, 0.9]}"]
+    assert main([*FIT, "--folder", "lower", "--ckpt_path", "epoch.ckpt", *lower]) == 0
+    assert rates("lower") == pytest.approx([rate / 4 for rate in rates("whole")[STEPS:]])
+    groups = torch.load("lower/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [(group["weight_decay"], tuple(group["betas"])) for group in groups] == [(0, (0.8, 0.9)), (0.5, (0.8, 0.9))]
+
+
+def test_a_fit_that_cannot_go_on_says_so_in_one_line(capsys):
+    assert main([*FIT, "--folder", "run", "--trainer.max_epochs", "3"]) == 0
+    capsys.readouterr()
+    for settings, told in (
+        (["--trainer.max_epochs", "1"], ", but you have set Trainer(max_epochs=1)"),
+        (["--model.optimizer", "sgd", "--model.optimizer_options", "{}"], "`model.optimizer` must be adamw, as in the"),
+    ):
+        assert main([*FIT, "--folder", "run", "--ckpt_path", "last", *settings]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_fit_ended_by_the_user_tells_how_to_go_on(capsys):
+    with at(STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert main([*FIT, "--folder", "ended"]) == 130
+    assert "ended by SIGINT; a fit goes on by `--ckpt_path last`" in capsys.readouterr().err
+    assert main([*FIT, "--folder", "ended", "--ckpt_path", "last"]) == 0
+    assert len(rates("ended")) == 2 * STEPS
+
+
 def test_data_that_does_not_go_on_is_noticed(monkeypatch):
     assert main([*FIT, "--folder", "whole", "--save_every", "3", "--keep", "9"]) == 0
     monkeypatch.setattr("involution.data.order.Resumable.load_state_dict", lambda self, state: None)

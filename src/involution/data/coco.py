@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from involution.data.items import BadItemError, Item, Items, ItemsModule, open_image
+from involution.data.order import DataError
 
 _SLACK = 1.0  # pixels that a box may overhang its image by: published ones are rounded
 _LEAST = 1.0  # side of a box; smaller ones are left out, as mmdetection does
@@ -49,17 +50,19 @@ class CocoItems(Items[Item]):
             categories = sorted(self._coco.cats.values(), key=lambda category: category["id"])
             self.classes = tuple(str(category["name"]) for category in categories)
         except FileNotFoundError:
-            raise ValueError(f"there is no annotation file {annotations}.") from None
+            raise DataError(f"there is no annotation file {annotations}.") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"{annotations} is no annotation file of COCO's format: {error!r}.") from error
+            raise DataError(f"{annotations} is no annotation file of COCO's format: {error!r}.") from error
         if not self.classes:
-            raise ValueError(f"{annotations} is no annotation file of COCO's format: it has no categories.")
+            raise DataError(f"{annotations} is no annotation file of COCO's format: it has no categories.")
         self.category_ids = tuple(category["id"] for category in categories)
         self._label = {number: label for label, number in enumerate(self.category_ids, start=1)}
         self._flip = v2.RandomHorizontalFlip(0.5 if train else 0.0)
         self._ids = sorted(self._coco.imgs)
         if train:
             self._ids = [number for number in self._ids if self._objects(number)]
+            if not self._ids:
+                raise DataError(f"no image in {annotations} has an object to train on.")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -92,11 +95,16 @@ class CocoItems(Items[Item]):
         """What is annotated in an image and large enough; in training no crowds, which no single box is right for."""
         found = self._coco.imgToAnns[number]
         return [
-            each for each in found if min(each["bbox"][2:]) >= _LEAST and not (self._train and each.get("iscrowd", 0))
+            each
+            for each in found
+            if min(each.get("bbox", [_LEAST])[-2:]) >= _LEAST and not (self._train and each.get("iscrowd", 0))
         ]
 
     def _target(self, each: dict[str, Any], size: tuple[int, int]) -> tuple[list[float], int, torch.Tensor]:
         where = f"annotation {each['id']} of image {each['image_id']} in {self._file}"
+        for name in ("bbox", "area"):
+            if name not in each:
+                raise BadItemError(f"{where} has no `{name}`.")
         left, top, width, height = each["bbox"]
         if min(left, top) < -_SLACK or left + width > size[1] + _SLACK or top + height > size[0] + _SLACK:
             raise BadItemError(
@@ -107,9 +115,12 @@ class CocoItems(Items[Item]):
         try:
             mask = torch.from_numpy(self._coco.annToMask(each))
         except Exception as error:  # pycocotools raises nothing more precise
-            raise BadItemError(f"{where} has a mask that cannot be read: {error}") from None
+            raise BadItemError(f"{where} has a mask that cannot be read: {error}.") from None
         if tuple(mask.shape) != size:
-            raise BadItemError(f"{where} has a mask of {tuple(mask.shape)[::-1]} pixels, its image is {size[::-1]}.")
+            raise BadItemError(
+                f"{where} has a mask of {tuple(mask.shape)[::-1]} pixels, its image is {size[::-1]}. Are `width` and "
+                "`height` of the image right in the file?"
+            )
         right, bottom = min(left + width, size[1]), min(top + height, size[0])
         return [max(left, 0), max(top, 0), right, bottom], self._label[each["category_id"]], mask
 
@@ -147,7 +158,7 @@ class Coco(ItemsModule):
         """The set "train" or "val"."""
         items = self._items(split)
         if items.classes != self.classes:
-            raise ValueError(f"the categories of {split} in {self._root} are not those of val.")
+            raise DataError(f"the categories of {split} in {self._root} are not those of val.")
         return items
 
     def _items(self, split: str) -> CocoItems:

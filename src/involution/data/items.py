@@ -151,4 +151,4 @@ def open_image(path: Path | str, mode: str = "RGB", content: bytes | None = None
     except FileNotFoundError:
         raise BadItemError(f"there is no image {path}.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what damaged files make Pillow raise
-        raise BadItemError(f"{path} cannot be read as an image: {error}") from None
+        raise BadItemError(f"{path} cannot be read as an image: {error}.") from None

@@ -80,6 +80,7 @@ class Command(LightningCLI):
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfigCallback if command == "fit" else None,
                 save_config_kwargs={"overwrite": True},
+                trainer_defaults={"enable_model_summary": False},  # Lightning's tells of 0 FLOPs
                 parser_kwargs={"prog": "involution", "exit_on_error": False, command: {"exit_on_error": False}},
             )
         except MisconfigurationException as error:
@@ -161,6 +162,12 @@ class Command(LightningCLI):
                 raise ValueError(f"`model.options.{name}` must be {wanted}, as in the data; got {value}.")
         if self._checkpoint is not None:
             self.model.on_load_checkpoint(self._checkpoint)
+            before = self._checkpoint.get("hyper_parameters", {}).get("optimizer", self.model.hparams["optimizer"])
+            if self._command == "fit" and before != self.model.hparams["optimizer"]:
+                raise ValueError(
+                    f"`model.optimizer` must be {before}, as in the checkpoint to go on from; got "
+                    f"{self.model.hparams['optimizer']}. Leave out `ckpt_path` to start anew."
+                )
             self._checkpoint = None  # Lightning reads it again
         if self._command == "predict" and self.config["predict"]["images"]:
             if self._classes is None:

@@ -112,6 +112,10 @@ class Writer(BasePredictionWriter):
             self._write(found, (image.cpu() * 255).round().byte(), name)
             self.count += 1
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Write down what was found before something went wrong."""
+        self.on_predict_end(trainer, pl_module)
+
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Write down what was found."""
         (self._folder / "predictions.json").write_text(json.dumps(self._entries, indent=1) + "\n")

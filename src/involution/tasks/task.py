@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.distributed.fsdp.wrap import wrap
 from torch.optim.lr_scheduler import LambdaLR
@@ -87,9 +87,12 @@ class Task(LightningModule):
                 raise ValueError(f"`{name}` must be a share of `lr`, from 0 to 1; got {share}.")
         if lr_batch is not None and lr_batch < 1:
             raise ValueError(f"`lr_batch` must be at least 1; got {lr_batch}.")
+        if optimizer.lower().removeprefix("lookahead_") not in (known := list_optimizers()):
+            raise ValueError(f"`optimizer`: {unknown('optimizer', optimizer, known)}")
         if schedule not in _SCHEDULES:
             raise ValueError(unknown("schedule", schedule, _SCHEDULES))
         self._loader_states: list[dict[str, int]] = []  # of the checkpoint to go on from
+        self._given: list[dict[str, Any]] = []  # of the optimizer, for each group of weights
         self.save_hyperparameters(logger=False)  # the run's config.yaml has them
 
     @property
@@ -122,10 +125,18 @@ class Task(LightningModule):
             self.net.compile()
 
     def on_train_start(self) -> None:
-        """Put the loader where the checkpoint was taken.
+        """Put the loader where the checkpoint was taken, and let the settings of this run go before those in it.
 
-        Lightning would, had our schedule, which needs the number of steps, not made it build the loader before.
+        Lightning would see to the loader, had our schedule, which needs the number of steps, not built it before.
         """
+        scheduler: Any = self.lr_schedulers()
+        groups = scheduler.optimizer.param_groups
+        for group, given in zip(groups, self._given, strict=True):
+            group.update(given)
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, share in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
         loader: Any = self.trainer.train_dataloader
         if self._loader_states and isinstance(loader, Resumable):
             # those that Lightning will not do again: the loader has also handed out one that was not trained on yet
@@ -197,7 +208,10 @@ class Task(LightningModule):
             an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
             epochs = math.ceil(steps / an_epoch)
         share = learning_rate(int(steps), **{name: settings[name] for name in names}, epochs=epochs)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}
+        scheduler = LambdaLR(optimizer, share)
+        set_here = ("initial_lr", "weight_decay", *options)
+        self._given = [{name: group[name] for name in set_here if name in group} for group in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _groups(self, plain: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
         """The weights that are trained: those without decay, and those with."""
