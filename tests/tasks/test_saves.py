@@ -114,8 +114,10 @@ def test_a_fit_that_cannot_go_on_says_so_in_one_line(capsys):
 
 
 def test_a_fit_ended_by_the_user_tells_how_to_go_on(capsys):
+    handler = signal.getsignal(signal.SIGINT)
     with at(STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGINT)):
         assert main([*FIT, "--folder", "ended"]) == 130
+    signal.signal(signal.SIGINT, handler)  # which Lightning lets ignore a second one
     assert "ended by SIGINT; a fit goes on by `--ckpt_path last`" in capsys.readouterr().err
     assert main([*FIT, "--folder", "ended", "--ckpt_path", "last"]) == 0
     assert len(rates("ended")) == 2 * STEPS
