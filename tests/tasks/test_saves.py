@@ -114,7 +114,7 @@ def test_a_fit_that_cannot_go_on_says_so_in_one_line(capsys):
 
 
 def test_a_fit_ended_by_the_user_tells_how_to_go_on(capsys):
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
     with at(STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGINT)):
         assert main([*FIT, "--folder", "ended"]) == 130
     signal.signal(signal.SIGINT, handler)  # which Lightning lets ignore a second one
