@@ -63,7 +63,11 @@ class PointwiseConv3d(_Pointwise, nn.Conv3d):
 
 def traced(module: nn.Module, x: Proxy) -> Any:
     """A call of `module` as one node of a graph of torch.fx, which cannot follow what depends on sizes and devices."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})  # type: ignore[attr-defined]
+    tracer: Any = x.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TypeError(f"{type(module).__name__} is one node to torch.fx; trace a network that holds it.")
+    return tracer.create_proxy("call_module", path, (x,), {})
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -446,14 +446,16 @@ def test_threads_that_train_one_network_leave_its_norms_whole() -> None:
 def test_traced_by_fx(train: bool) -> None:
     """Feature extractors of timm and torchvision do so."""
     x, model = torch.randn(2, 3, 33, 65), slim().train(train)
-    model.eval()
-    expected = model.forward_features(x)
-    traced = torch.fx.symbolic_trace(model.train(train)).eval()
+    traced = torch.fx.symbolic_trace(model).eval()
     torch.testing.assert_close(traced(x), model.eval()(x))
-    (feature,) = timm.create_model(
-        "rednet26", features_only=True, out_indices=(4,), feature_cls="fx", base_width=16, stem_width=32
-    ).eval()(x)
-    assert feature.shape[2:] == expected.shape[2:]
+    slim_too = {"base_width": 16, "stem_width": 32}
+    net = timm.create_model("rednet26", features_only=True, out_indices=(4,), feature_cls="fx", **slim_too).eval()
+    assert net(x)[0].shape[2:] == model.forward_features(x).shape[2:]
+
+
+def test_a_layer_alone_is_one_node_of_fx() -> None:
+    with pytest.raises(TypeError, match=r"Involution2d is one node to torch\.fx; trace a network that holds it"):
+        torch.fx.symbolic_trace(Involution2d(16))
 
 
 def test_another_forward_of_the_stem_is_called_in_training() -> None:
