@@ -111,6 +111,16 @@ def test_an_error_inside_a_run_keeps_its_traceback(monkeypatch, tmp_path):
         main(["fit", *TINY])
 
 
+@pytest.mark.parametrize("moment", ["_prepare", "_with_recipe"])
+def test_ctrl_c_before_anything_runs(monkeypatch, capsys, moment):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"involution.cli.{moment}", interrupted)
+    assert main(["fit", *TINY]) == 130
+    assert capsys.readouterr().err == "involution: ended by SIGINT; a fit goes on by `--ckpt_path last`.\n"
+
+
 def test_a_wrong_key_in_a_file_is_named(capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model:\n  archh: rednet26\n")

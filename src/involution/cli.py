@@ -80,6 +80,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _refuse(f"{_NEEDS.get(args[0], 'training')} needs more packages: pip install 'involution[train]'")
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _ended(SIGINT)
     try:
         run()
     except OSError as error:
