@@ -366,21 +366,39 @@ def products_tile(
         tl.store(here, result.to(kernel.dtype.element_ty), ok & (row + n // K_Y < O_Y))
 
 
+@triton.jit
+def _pairs(low, high, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """Two float32 as one number, rounded to a type of two bytes each; PACKED: by the instruction that does just this."""
+    if PACKED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], tl.uint32, True, 1)
+    elif PACKED:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], tl.uint32, True, 1)
+    else:
+        low = low.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (high.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def _halves(pairs, dtype: tl.constexpr):
+    """The low and the high numbers of `pairs`."""
+    low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    return low, (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *_COUNTS])
 def generated_tile(
     x, features, weight, bias, out, x_b, x_c, x_z, x_y, x_x, f_b, f_c, f_z, f_y, f_x, w_o, w_r,
     out_b, out_c, out_z, out_y, out_x, I_Z, I_Y, I_X, O_Z, O_Y, O_X, P_Z, P_Y, P_X, groups, row_blocks, strip_blocks,
     K_Y: tl.constexpr, K_X: tl.constexpr, L_Y: tl.constexpr, REDUCED: tl.constexpr, REDUCED_BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, INDEX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """`slide_tile` with bands generated on the chip: kernel = weight @ features + bias; for types of two bytes.
+    """`slide_tile` with bands generated on the chip: kernel = weight @ features + bias; for types of two bytes, K_X < 8.
 
-    For a row of taps, the product of the tile's features and of K_X rows of the weight, padded with zeros to WINDOW, is
-    the kernel of each output at steps 0 to 15. Turned around by the output's column it is the band. Two neighbours are
-    turned as one number: for an odd column a pair consists of halves of two pairs.
+    For a row of taps, the product of the tile's features and of K_X rows of the weight is the kernel of each output, in
+    eight slots. For the output of column n it begins at slot n % 2, so that two products, with weights shifted by one,
+    serve all outputs, and pairs of slots turned around by n // 2 pairs are the column of the band.
     """
     batch, _, row, strip, group = _place(groups, row_blocks, strip_blocks, O_Z, ROWS, 1, 1)
-    i = tl.arange(0, WINDOW).to(INDEX)
     row = row.to(INDEX)
     window = strip.to(INDEX) * COLUMNS - P_X
     x += batch * x_b + group.to(INDEX) * CHANNELS * x_c
@@ -396,32 +414,30 @@ def generated_tile(
         ((place_row < O_Y) & (place_column < O_X))[:, None] & (r < REDUCED)[None, :],
         0.0,
     )
-    pair = tl.arange(0, WINDOW // 2)
-    turn = (pair[None, :] - (place % COLUMNS // 2)[:, None] + WINDOW // 2) % (WINDOW // 2)
-    turn_before = (turn + WINDOW // 2 - 1) % (WINDOW // 2)
+    slot = tl.arange(0, COLUMNS)
+    pair = tl.arange(0, COLUMNS // 2)
+    turn = (place % COLUMNS // 2)[:, None]
+    source = (pair[None, :] - turn) & (COLUMNS // 2 - 1)
+    near = pair[None, :] >= turn  # whose pair belongs to the first eight inputs, else to the other eight
     odd = (place % 2 == 1)[:, None]
     totals = ()
     for y in tl.static_range(ROWS):
         totals = totals + (tl.zeros((WINDOW, COLUMNS), tl.float32),)
     for t_y in tl.static_range(K_Y):
-        output = (group.to(INDEX) * K_Y + t_y) * K_X + i
-        taps = tl.load(
-            weight + output[None, :] * w_o + r[:, None] * w_r, (i < K_X)[None, :] & (r < REDUCED)[:, None], 0.0
-        )
-        shift = tl.load(bias + output, i < K_X, 0.0).to(tl.float32)
-        kernels = (tl.dot(made, taps) + shift[None, :]).to(x.dtype.element_ty)
-        low, high = tl.split(kernels.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(tile, WINDOW // 2, 2))
-        pairs = low | (high << 16)
-        turned = tl.gather(pairs, turn, 1)
-        pairs = tl.where(odd, (tl.gather(pairs, turn_before, 1) >> 16) | (turned << 16), turned)
-        low = (pairs & 0xFFFF).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
-        high = (pairs >> 16).to(tl.uint16).to(x.dtype.element_ty, bitcast=True)
+        first = (group.to(INDEX) * K_Y + t_y) * K_X
+        kernels = _generated(made, weight, bias, first, slot, r, w_o, w_r, K_X, REDUCED)
+        shifted = _generated(made, weight, bias, first, slot - 1, r, w_o, w_r, K_X, REDUCED)
+        low, high = tl.split(tl.where(odd, shifted, kernels).reshape(tile, COLUMNS // 2, 2))
+        pairs = tl.gather(_pairs(low, high, x.dtype.element_ty, PACKED), source, 1)
+        pairs = tl.join(tl.where(near, pairs, 0), tl.where(near, 0, pairs)).permute(0, 2, 1).reshape(tile, COLUMNS)
+        low, high = _halves(pairs, x.dtype.element_ty)
         bands = _slices(tl.join(low, high).reshape(COLUMNS, COLUMNS, WINDOW), COLUMNS)
         added = ()
         for y in tl.static_range(ROWS):
             added = added + (tl.dot(rows[y + t_y * L_Y].T, bands[y].T, totals[y]),)
         totals = added
     columns = strip.to(INDEX) * COLUMNS + tl.arange(0, COLUMNS).to(INDEX)
+    i = tl.arange(0, WINDOW).to(INDEX)
     out += batch * out_b + group.to(INDEX) * CHANNELS * out_c
     for y in tl.static_range(ROWS):
         tl.store(
@@ -429,3 +445,14 @@ def generated_tile(
             totals[y].T.to(out.dtype.element_ty),
             (columns < O_X)[:, None] & (i < CHANNELS)[None, :] & (row + y < O_Y),
         )
+
+
+@triton.jit
+def _generated(made, weight, bias, first, tap, r, w_o, w_r, K_X: tl.constexpr, REDUCED: tl.constexpr):
+    """made @ weight.T + bias, float32, for the row of taps that begins at `first`: taps `tap`, zero where none is."""
+    has = (tap >= 0) & (tap < K_X)
+    taps = tl.load(
+        weight + (first + tap)[None, :] * w_o + r[:, None] * w_r, has[None, :] & (r < REDUCED)[:, None], 0.0
+    )
+    shift = tl.load(bias + first + tap, has, 0.0).to(tl.float32)
+    return tl.dot(made, taps, tl.broadcast_to(shift[None, :], (made.shape[0], tap.shape[0])))

@@ -23,6 +23,7 @@ Ints = Sequence[int]
 
 _COLUMNS, _WINDOW = programs.COLUMNS.value, programs.WINDOW.value
 _WINDOW_NAMES = [f"{name}_{axis}" for name in "KSL" for axis in "ZYX"]  # kernel size, stride, dilation
+_PACKED = torch.version.hip is None and not triton.knobs.runtime.interpret  # whether assembly of NVIDIA's GPUs is known
 _FEATURES = 32  # the most that `generated_tile` is worth: with more, its products cost more than a kernel in memory
 
 
@@ -60,7 +61,7 @@ def generated(
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
     settings = map(tuple, window)
     plan = _plan(x.shape, groups, tuple(kernel_size), tuple(out.shape[2:]), *settings, False, x.dtype)
-    fits = plan.tile and plan.tile["L_X"] == 1 and x.element_size() == 2 and 1 <= reduced <= _FEATURES
+    fits = plan.tile and plan.tile["L_X"] == 1 and plan.tile["K_X"] < _COLUMNS and x.element_size() == 2 and 1 <= reduced <= _FEATURES
     if not fits or torch.version.hip is not None:  # for AMD's GPUs the program spills registers
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
@@ -71,6 +72,7 @@ def generated(
             **{name: value for name, value in plan.tile.items() if name != "L_X"},
             REDUCED=reduced,
             REDUCED_BLOCK=max(16, triton.next_power_of_2(reduced)),
+            PACKED=_PACKED,
             INDEX=_index(x, features, out),
             num_warps=1,
         )
