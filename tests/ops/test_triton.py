@@ -73,7 +73,7 @@ def _interpreter() -> Iterator[None]:
             "create_dot",
             lambda self, a, b, *rest: multiply(self, float32(a), float32(b), *rest),
         )
-        for name in (*OPS, "generated"):
+        for name in (*OPS, "generated", "generated_grad_x", "grad_span"):
             patch.setattr(cpu, name, getattr(programs, name))
         yield
 
@@ -161,24 +161,45 @@ _GENERATED = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", _GENERATED, ids=str)
 def test_generated(case: Case, dtype: torch.dtype, reduced: int) -> None:
-    """Like the unfused layer it rounds the kernel to the dtype: half an eps of every product, over one of rounding."""
-    tensors = _generated_inputs(case, dtype, reduced)
-    x, features, weight, bias = (t.double() for t in tensors)
-    window = case.window
-    grad = x.new_empty((*x.shape[:2], *features.shape[2:]))
-    value = run_reference("forward", x, reference.span(features, weight, bias, window.kernel_size), grad, window)
-    sizes = reference.span(features.abs(), weight.abs(), bias.abs(), window.kernel_size)
-    absolute = run_reference("forward", x.abs(), sizes, grad, window)
-    kernel = reference.span(features, weight, bias, window.kernel_size).abs()
-    rounded = run_reference("forward", x.abs(), kernel, grad, window)
+    """Like the unfused layer it rounds the kernel, or its gradient, to the dtype: half an eps of every product."""
+    tensors, grad = _generated_inputs(case, dtype, reduced), case.tensors(dtype)[2]
+    exact, sizes = [[f(t.double()) for t in (grad, *tensors)] for f in (torch.Tensor.clone, torch.abs)]
+    kernel, largest = (reference.span(*each[2:], case.window.kernel_size) for each in (exact, sizes))
+
+    def forward_and_grad_x(grad: Tensor, x: Tensor, *_: Tensor, kernel: Tensor) -> list[Tensor]:
+        return [run_reference(op, x, kernel, grad, case.window) for op in ("forward", "grad_x")]
+
+    from_kernel, absolute_kernel = (run_reference("grad_kernel", t[1], kernel, t[0], case.window) for t in (exact, sizes))
+    values = [*forward_and_grad_x(*exact, kernel=kernel), *reference.through_span(from_kernel, *exact[2:4])]
+    rounded = [*forward_and_grad_x(*sizes, kernel=kernel.abs()), *reference.through_span(from_kernel.abs(), *sizes[2:4])]
+    absolutes = [*forward_and_grad_x(*sizes, kernel=largest), *reference.through_span(absolute_kernel, *sizes[2:4])]
+    taps, places = prod(case.window.kernel_size), case.batch * prod(grad.shape[2:])
+    first = (reduced + 1, reduced + 1, *(case.group_channels,) * 3)
+    then = (taps, taps, case.groups * taps, places, places)
     rounding, step = torch.finfo(dtype), torch.finfo(torch.float32).eps
-    terms = sqrt(reduced + 1) + sqrt(prod(window.kernel_size)) + 2
-    budget = rounding.eps / 2 * (value.abs().clamp(min=rounding.tiny) + rounded) + step * terms * absolute
-    settings = (window.kernel_size, window.stride, window.padding, window.dilation)
-    on_device = [LAYOUTS["channels_last"][0](t, x.dim() - 2) if t.dim() == x.dim() else t for t in tensors]
-    got = torch.ops.involution.generated(*(t.to(DEVICE) for t in on_device), *settings).cpu()
-    assert got.dtype == dtype
-    assert bool(((got.double() - value).abs() <= budget).all())
+    lay = LAYOUTS["channels_last"][0]
+    got = _generated_and_gradients(*(lay(t, grad.dim() - 2) if t.dim() == grad.dim() else t for t in (grad, *tensors)), case)
+    for name, found, value, size, absolute, *terms in zip(
+        "yxfwb", got, values, rounded, absolutes, first, then, strict=True
+    ):
+        budget = rounding.eps / 2 * (value.abs().clamp(min=rounding.tiny) + size)
+        budget += step * (sum(map(sqrt, terms)) + 2) * absolute
+        assert (found.shape, found.dtype) == (value.shape, dtype), name
+        assert bool(((found.cpu().double() - value).abs() <= budget).all()), name
+
+
+def _generated_and_gradients(
+    grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, case: Case
+) -> list[Tensor]:
+    """The output, and gradients of x, features, weight and bias, computed on the device."""
+    grad, x, features, weight, bias = (t.to(DEVICE) for t in (grad, x, features, weight, bias))
+    ops, w = torch.ops.involution, case.window
+    settings = (w.kernel_size, w.stride, w.padding, w.dilation)
+    return [
+        ops.generated(x, features, weight, bias, *settings),
+        ops.generated_grad_x(grad, features, weight, bias, x.shape[2:], *settings),
+        *ops.grad_span(grad, x, features, weight, *settings),
+    ]
 
 
 @on_the_programs

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -21,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from involution.analysis import table
-from involution.ops import programs as source
+from involution.ops import generated as generating
+from involution.ops import programs as given
 from involution.ops import triton as implementation
 
 TARGETS = {
@@ -29,8 +31,11 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NAMES = ("slide", "products", "slide_tile", "products_tile", "generated_tile")
+_TYPES = {torch.int32: "i32", torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SOURCES: dict[ModuleType, tuple[str, ...]] = {
+    given: ("slide", "products", "slide_tile", "products_tile"),
+    generating: ("generated_tile", "generated_grad_x_tile", "generated_grad_kernel_tile"),
+}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -104,7 +109,7 @@ def programs(
         for dtype in dtypes:
             print(f"compiling for {target}, {dtype} ...", file=sys.stderr, flush=True)
             for shape, outputs, launch in rednet50(getattr(torch, dtype)):
-                if launch.program.__name__ != "generated_tile" or TARGETS[target].backend == "cuda":
+                if not launch.program.__name__.startswith("generated") or TARGETS[target].backend == "cuda":
                     found.append(inspect(launch, target, outputs, shape))
     out.mkdir(parents=True, exist_ok=True)
     names = [field.name for field in fields(Compiled)]
@@ -138,7 +143,11 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 @contextmanager
 def _replaced(recorder: Callable[[Any], Any]) -> Iterator[None]:
-    patches = [patch.object(source, name, recorder(getattr(source, name))) for name in _NAMES]
+    patches = [
+        patch.object(source, name, recorder(getattr(source, name)))
+        for source, names in _SOURCES.items()
+        for name in names
+    ]
     for each in patches:
         each.start()
     try:
@@ -152,7 +161,9 @@ def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
     """Compile `launch` for `target` and read what came out; `outputs` are the elements that all blocks write."""
     kernel = launch.compile(TARGETS[target])
     name, reads_gradient = launch.program.__name__, launch.settings.get("TRANSPOSED", False)
-    direction = "gradient of x" if reads_gradient else "gradient of kernel" if "products" in name else "forward"
+    direction = "gradient of x" if reads_gradient or "grad_x" in name else "forward"
+    if "products" in name or "grad_kernel" in name:
+        direction = "gradient of kernel"
     dtype = str(launch.arguments[0].dtype).removeprefix("torch.")
     if TARGETS[target].backend == "hip":
         text = kernel.asm["amdgcn"]
@@ -209,6 +220,10 @@ def rednet50(dtype: torch.dtype, batch: int = 128) -> Iterator[tuple[str, int, L
             lambda x=x, kernel=kernel: implementation.grad_x(x, x, kernel, *window),  # type: ignore[misc]
             lambda x=x, kernel=kernel: implementation.grad_kernel(kernel, x, x, *window),  # type: ignore[misc]
             lambda x=x, span=span: implementation.generated(x, x, *span, *window),  # type: ignore[misc]
+            lambda x=x, span=span: implementation.generated_grad_x(x, x, *span, *window),  # type: ignore[misc]
+            lambda x=x, span=span: implementation.grad_span(  # type: ignore[misc]
+                [span[0], span[1], span[2]], x, x, span[0], span[1], (7, 7), *window
+            ),
         ]
         for call in calls:
             for launch in launches(call):

@@ -234,15 +234,16 @@ def products(
 
 @triton.jit
 def _rows_of(
-    x, x_y, x_x, x_c, row, column, I_Y, I_X, NEEDED: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr
-):
-    """Sixteen rows of x (16 columns, 16 channels) from a row and column on; zero outside, and after those NEEDED.
+    x, x_y, x_x, x_c, row, column, STEP: tl.constexpr, I_Y, I_X, NEEDED: tl.constexpr, CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Sixteen rows of x (16 columns STEP apart, 16 channels) from a row and column on; zero outside and after NEEDED.
 
     One load for all of them: loads of one row each would wait for one another.
     """
     k = tl.arange(0, WINDOW).to(INDEX)
     rows = row + k
-    columns = column + k
+    columns = column + k * STEP
     has_row = (rows >= 0) & (rows < I_Y) & (k < NEEDED)
     has_column = (columns >= 0) & (columns < I_X)
     at = rows[:, None, None] * x_y + columns[None, :, None] * x_x + k[None, None, :] * x_c
@@ -308,7 +309,7 @@ def slide_tile(
         kernel_row, kernel_rows = row, O_Y
     x += batch * x_b + group.to(INDEX) * CHANNELS * x_c
     needed: tl.constexpr = ROWS + (K_Y - 1) * L_Y
-    rows = _rows_of(x, x_y, x_x, x_c, first_row, window, I_Y, I_X, needed, CHANNELS, INDEX)
+    rows = _rows_of(x, x_y, x_x, x_c, first_row, window, 1, I_Y, I_X, needed, CHANNELS, INDEX)
     out += batch * out_b + group.to(INDEX) * CHANNELS * out_c
     out_at = out + columns[:, None] * out_x + i[None, :] * out_c
     out_ok = (columns < O_X)[:, None] & (i < CHANNELS)[None, :]
@@ -348,7 +349,7 @@ def products_tile(
     x += batch * x_b + group.to(INDEX) * CHANNELS * x_c
     needed: tl.constexpr = ROWS + (K_Y - 1) * L_Y
     window = strip.to(INDEX) * COLUMNS - P_X
-    rows = _rows_of(x, x_y, x_x, x_c, row - P_Y, window, I_Y, I_X, needed, CHANNELS, INDEX)
+    rows = _rows_of(x, x_y, x_x, x_c, row - P_Y, window, 1, I_Y, I_X, needed, CHANNELS, INDEX)
     grad += batch * grad_b + group.to(INDEX) * CHANNELS * grad_c
     grads = tl.load(
         grad + (row + y)[:, None, None] * grad_y + columns[None, :, None] * grad_x + i[None, None, :] * grad_c,
@@ -364,95 +365,3 @@ def products_tile(
         result = tl.dot(rows[n // K_Y + n % K_Y * L_Y], grads[n // K_Y].T, input_precision=PRECISION)
         here = at + (row + n // K_Y) * k_y + n % K_Y * K_X * k_t
         tl.store(here, result.to(kernel.dtype.element_ty), ok & (row + n // K_Y < O_Y))
-
-
-@triton.jit
-def _pairs(low, high, dtype: tl.constexpr, PACKED: tl.constexpr):
-    """Two float32 as one number, rounded to a type of two bytes each; PACKED: by the instruction that does just this."""
-    if PACKED and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], tl.uint32, True, 1)
-    elif PACKED:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], tl.uint32, True, 1)
-    else:
-        low = low.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return low | (high.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-
-
-@triton.jit
-def _halves(pairs, dtype: tl.constexpr):
-    """The low and the high numbers of `pairs`."""
-    low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
-    return low, (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
-
-
-@triton.jit(do_not_specialize=[*_SIZES, *_COUNTS])
-def generated_tile(
-    x, features, weight, bias, out, x_b, x_c, x_z, x_y, x_x, f_b, f_c, f_z, f_y, f_x, w_o, w_r,
-    out_b, out_c, out_z, out_y, out_x, I_Z, I_Y, I_X, O_Z, O_Y, O_X, P_Z, P_Y, P_X, groups, row_blocks, strip_blocks,
-    K_Y: tl.constexpr, K_X: tl.constexpr, L_Y: tl.constexpr, REDUCED: tl.constexpr, REDUCED_BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, INDEX: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """`slide_tile` with bands generated on the chip: kernel = weight @ features + bias; for types of two bytes, K_X < 8.
-
-    For a row of taps, the product of the tile's features and of K_X rows of the weight is the kernel of each output, in
-    eight slots. For the output of column n it begins at slot n % 2, so that two products, with weights shifted by one,
-    serve all outputs, and pairs of slots turned around by n // 2 pairs are the column of the band.
-    """
-    batch, _, row, strip, group = _place(groups, row_blocks, strip_blocks, O_Z, ROWS, 1, 1)
-    row = row.to(INDEX)
-    window = strip.to(INDEX) * COLUMNS - P_X
-    x += batch * x_b + group.to(INDEX) * CHANNELS * x_c
-    needed: tl.constexpr = ROWS + (K_Y - 1) * L_Y
-    rows = _rows_of(x, x_y, x_x, x_c, row - P_Y, window, I_Y, I_X, needed, CHANNELS, INDEX)
-    tile: tl.constexpr = COLUMNS * COLUMNS
-    place = tl.arange(0, tile)
-    place_row = row + (place // COLUMNS).to(INDEX)
-    place_column = strip.to(INDEX) * COLUMNS + (place % COLUMNS).to(INDEX)
-    r = tl.arange(0, REDUCED_BLOCK).to(INDEX)
-    made = tl.load(
-        features + batch * f_b + (place_row * f_y + place_column * f_x)[:, None] + r[None, :] * f_c,
-        ((place_row < O_Y) & (place_column < O_X))[:, None] & (r < REDUCED)[None, :],
-        0.0,
-    )
-    slot = tl.arange(0, COLUMNS)
-    pair = tl.arange(0, COLUMNS // 2)
-    turn = (place % COLUMNS // 2)[:, None]
-    source = (pair[None, :] - turn) & (COLUMNS // 2 - 1)
-    near = pair[None, :] >= turn  # whose pair belongs to the first eight inputs, else to the other eight
-    odd = (place % 2 == 1)[:, None]
-    totals = ()
-    for y in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((WINDOW, COLUMNS), tl.float32),)
-    for t_y in tl.static_range(K_Y):
-        first = (group.to(INDEX) * K_Y + t_y) * K_X
-        kernels = _generated(made, weight, bias, first, slot, r, w_o, w_r, K_X, REDUCED)
-        shifted = _generated(made, weight, bias, first, slot - 1, r, w_o, w_r, K_X, REDUCED)
-        low, high = tl.split(tl.where(odd, shifted, kernels).reshape(tile, COLUMNS // 2, 2))
-        pairs = tl.gather(_pairs(low, high, x.dtype.element_ty, PACKED), source, 1)
-        pairs = tl.join(tl.where(near, pairs, 0), tl.where(near, 0, pairs)).permute(0, 2, 1).reshape(tile, COLUMNS)
-        low, high = _halves(pairs, x.dtype.element_ty)
-        bands = _slices(tl.join(low, high).reshape(COLUMNS, COLUMNS, WINDOW), COLUMNS)
-        added = ()
-        for y in tl.static_range(ROWS):
-            added = added + (tl.dot(rows[y + t_y * L_Y].T, bands[y].T, totals[y]),)
-        totals = added
-    columns = strip.to(INDEX) * COLUMNS + tl.arange(0, COLUMNS).to(INDEX)
-    i = tl.arange(0, WINDOW).to(INDEX)
-    out += batch * out_b + group.to(INDEX) * CHANNELS * out_c
-    for y in tl.static_range(ROWS):
-        tl.store(
-            out + (row + y) * out_y + columns[:, None] * out_x + i[None, :] * out_c,
-            totals[y].T.to(out.dtype.element_ty),
-            (columns < O_X)[:, None] & (i < CHANNELS)[None, :] & (row + y < O_Y),
-        )
-
-
-@triton.jit
-def _generated(made, weight, bias, first, tap, r, w_o, w_r, K_X: tl.constexpr, REDUCED: tl.constexpr):
-    """made @ weight.T + bias, float32, for the row of taps that begins at `first`: taps `tap`, zero where none is."""
-    has = (tap >= 0) & (tap < K_X)
-    taps = tl.load(
-        weight + (first + tap)[None, :] * w_o + r[:, None] * w_r, has[None, :] & (r < REDUCED)[:, None], 0.0
-    )
-    shift = tl.load(bias + first + tap, has, 0.0).to(tl.float32)
-    return tl.dot(made, taps, tl.broadcast_to(shift[None, :], (made.shape[0], tap.shape[0])))

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from involution.ops import generated as on_chip
 from involution.ops import programs, reference
 
 Ints = Sequence[int]
@@ -24,7 +26,7 @@ Ints = Sequence[int]
 _COLUMNS, _WINDOW = programs.COLUMNS.value, programs.WINDOW.value
 _WINDOW_NAMES = [f"{name}_{axis}" for name in "KSL" for axis in "ZYX"]  # kernel size, stride, dilation
 _PACKED = torch.version.hip is None and not triton.knobs.runtime.interpret  # whether assembly of NVIDIA's GPUs is known
-_FEATURES = 32  # the most that `generated_tile` is worth: with more, its products cost more than a kernel in memory
+_FEATURES = 32  # the most for which a tile of eight rows has registers
 
 
 def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
@@ -59,20 +61,17 @@ def generated(
 ) -> None:
     """Fill `out` as `reference.generated` does: on the chip for half types where that pays, else by way of memory."""
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
-    settings = map(tuple, window)
-    plan = _plan(x.shape, groups, tuple(kernel_size), tuple(out.shape[2:]), *settings, False, x.dtype)
-    fits = plan.tile and plan.tile["L_X"] == 1 and plan.tile["K_X"] < _COLUMNS and x.element_size() == 2 and 1 <= reduced <= _FEATURES
-    if not fits or torch.version.hip is not None:  # for AMD's GPUs the program spills registers
+    tile = _tile(x, groups, kernel_size, window, most=8 if reduced <= _FEATURES else 4)
+    if tile is None or not 1 <= reduced <= 2 * _FEATURES:
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
+    sizes, grid = _tiles(x, out, window[1], groups, tile["ROWS"])
     with _on(x):
-        programs.generated_tile[plan.grid](
+        on_chip.generated_tile[grid](
             *(x, features, weight, bias.contiguous(), out),
-            *(*_strides(x), *_strides(features), *weight.stride(), *_strides(out), *plan.sizes),
-            **{name: value for name, value in plan.tile.items() if name != "L_X"},
-            REDUCED=reduced,
-            REDUCED_BLOCK=max(16, triton.next_power_of_2(reduced)),
-            PACKED=_PACKED,
+            *(*_strides(x), *_strides(features), *weight.stride(), *_strides(out), *sizes),
+            **tile,
+            **_features(reduced),
             INDEX=_index(x, features, out),
             num_warps=1,
         )
@@ -81,8 +80,37 @@ def generated(
 def generated_grad_x(
     out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
-    """Fill `out` as `reference.generated_grad_x` does, by way of memory."""
-    grad_x(out, grad, reference.span(features, weight, bias, kernel_size), *window)
+    """Fill `out` as `reference.generated_grad_x` does: on the chip where `generated` is; with strides in phases."""
+    groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
+    tile = _tile(grad, groups, kernel_size, window, most=8)
+    if tile is None or not 1 <= reduced <= _FEATURES * max(window[0]):
+        grad_x(out, grad, reference.span(features, weight, bias, kernel_size), *window)
+        return
+    (height, width), stride, padding, bias = kernel_size, window[0], window[1], bias.contiguous()
+    for y, x in product(*map(range, stride)):
+        phase = out[:, :, y :: stride[0], x :: stride[1]]
+        if not phase.numel():
+            continue
+        # Tap t reads position i for output (i + padding - t) / stride: of a phase of positions, every stride-th tap does.
+        taps = [(at + p) % s for at, p, s in zip((y, x), padding, stride, strict=True)]
+        if height <= taps[0] or width <= taps[1]:
+            phase.zero_()
+            continue
+        first = taps[0] * width + taps[1]
+        tile |= {f"K_{axis}": -(-(k - t) // s) for axis, k, t, s in zip("YX", kernel_size, taps, stride, strict=True)}
+        tile["ROWS"] = _height(phase.shape[2])
+        before = [(at + p) // s for at, p, s in zip((y, x), padding, stride, strict=True)]
+        sizes, grid = _tiles(grad, phase, before, groups, tile["ROWS"])
+        with _on(grad):
+            on_chip.generated_grad_x_tile[grid](
+                *(grad, features, weight[first:], bias[first:], phase),
+                *(*_strides(grad), *_strides(features), *weight.stride(), *_strides(phase), *sizes, height * width),
+                **tile,
+                TAPS_X=width,
+                **_features(reduced),
+                INDEX=_index(grad, features, phase),
+                num_warps=1,
+            )
 
 
 def grad_span(
@@ -94,12 +122,65 @@ def grad_span(
     kernel_size: Ints,
     *window: Ints,
 ) -> None:
-    """Fill `outs` as `reference.grad_span` does, by way of memory."""
-    kernel = reference.like_span(features, weight, kernel_size)
-    if kernel.numel():
-        grad_kernel(kernel, grad, x, *window)
-    for out, value in zip(outs, reference.through_span(kernel, features, weight), strict=True):
-        out.copy_(value)
+    """Fill `outs` as `reference.grad_span` does: the gradient of the kernel is stored, then multiplied."""
+    (taps, reduced), batch, size = weight.shape, features.shape[0], features.shape[2:]
+    groups, places = taps // prod(kernel_size), batch * prod(size)
+    tile = _tile(x, groups, kernel_size, window, most=8) if places and x.shape[1] else None
+    if tile is None:
+        kernel = reference.like_span(features, weight, kernel_size)
+        if kernel.numel():
+            grad_kernel(kernel, grad, x, *window)
+        last, used = kernel.reshape(batch, taps, *size).movedim(1, -1).reshape(places, taps), weight
+    else:
+        rows, width, step = taps // kernel_size[1], kernel_size[1], tile["S_X"]
+        pairs = torch.empty((places, rows * _COLUMNS // 2), dtype=torch.int32, device=x.device)
+        sizes, grid = _tiles(x, grad, window[1], groups, tile["ROWS"])
+        with _on(x):
+            on_chip.generated_grad_kernel_tile[grid](
+                *(grad, x, pairs, *_strides(grad), *_strides(x), *sizes),
+                **tile,
+                INDEX=_index(x, grad),
+                num_warps=1,
+            )
+        last = pairs.view(x.dtype)
+        used = F.pad(weight.view(rows, width, reduced), (0, 0, 0, _COLUMNS - width))
+        used = used.view(rows, _COLUMNS // step, step, reduced).transpose(1, 2).reshape(-1, reduced)
+    # A column of ones sums for the bias: a sum by itself would take longer than the product with features does.
+    made = F.pad(features.movedim(1, -1).reshape(places, reduced), (0, 8), value=1.0)
+    outs[0].copy_((last @ used).view(batch, *size, reduced).movedim(-1, 1))
+    sums = last.T @ made
+    if tile is not None:
+        sums = sums.view(rows, step, _COLUMNS // step, -1).transpose(1, 2).flatten(1, 2)[:, :width].flatten(0, 1)
+    outs[1].copy_(sums[:, :reduced])
+    outs[2].copy_(sums[:, reduced])
+
+
+def _tile(x: Tensor, groups: int, kernel_size: Ints, window: Sequence[Ints], most: int) -> dict[str, Any] | None:
+    """Settings of the programs of `generated.py` with tiles of up to `most` rows, if the problem is one for them."""
+    stride, _, dilation = window
+    rank, channels = x.dim() - 2, x.shape[1] // groups if groups else 0
+    if rank != 2 or x.element_size() != 2 or torch.version.hip is not None or not 1 <= channels <= _WINDOW:
+        return None  # AMD's GPUs would spill registers
+    if stride[0] != stride[1] or stride[0] > 2 or max(dilation) > 1 or max(kernel_size) >= _COLUMNS:
+        return None
+    rows = -(-(x.shape[2]) // stride[0])
+    height = min(most, 4) if stride[0] > 1 else min(most, _height(rows))
+    names = {"K_Y": kernel_size[0], "K_X": kernel_size[1], "S_Y": stride[0], "S_X": stride[1]}
+    return names | {"CHANNELS": channels, "ROWS": height, "PACKED": _PACKED}
+
+
+def _tiles(
+    read: Tensor, written: Tensor, padding: Ints, groups: int, height: int
+) -> tuple[tuple[int, ...], tuple[int]]:
+    """Sizes as the programs take them, and the grid, of tiles of `height` rows."""
+    batch, _, rows, columns = written.shape
+    row_blocks, strips = triton.cdiv(rows, height), triton.cdiv(columns, _COLUMNS)
+    sizes = (1, *read.shape[2:], 1, rows, columns, 0, *padding, groups, row_blocks, strips)
+    return sizes, (batch * row_blocks * strips * groups,)
+
+
+def _features(reduced: int) -> dict[str, int]:
+    return {"REDUCED": reduced, "REDUCED_BLOCK": max(16, triton.next_power_of_2(reduced))}
 
 
 def _slide(
