@@ -73,7 +73,7 @@ def generated_tile(
     totals = ()
     for y in tl.static_range(ROWS):
         totals = totals + (tl.zeros((WINDOW, COLUMNS), tl.float32),)
-    for phase in tl.static_range(S_X):
+    for phase in range(S_X):
         start = column * S_X - P_X + phase
         rows = _rows_of(x, x_y, x_x, x_c, row * S_Y - P_Y, start, S_X, I_Y, I_X, needed, CHANNELS, INDEX)
         for t_y in tl.static_range(K_Y):
