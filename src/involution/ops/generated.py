@@ -76,10 +76,13 @@ def generated_tile(
     for phase in range(S_X):
         start = column * S_X - P_X + phase
         rows = _rows_of(x, x_y, x_x, x_c, row * S_Y - P_Y, start, S_X, I_Y, I_X, needed, CHANNELS, INDEX)
+        taps = _taps((), weight, bias, group.to(INDEX) * K_Y * K_X, slot * S_X + phase, r, w_o, w_r, S_X, K_X, REDUCED)
         for t_y in tl.static_range(K_Y):
-            first = (group.to(INDEX) * K_Y + t_y) * K_X
-            kernels = _generated(made, weight, bias, first, slot * S_X + phase, r, w_o, w_r, K_X, REDUCED)
-            shifted = _generated(made, weight, bias, first, (slot - 1) * S_X + phase, r, w_o, w_r, K_X, REDUCED)
+            if t_y + 1 < K_Y:
+                first = (group.to(INDEX) * K_Y + t_y + 1) * K_X
+                taps = _taps(taps, weight, bias, first, slot * S_X + phase, r, w_o, w_r, S_X, K_X, REDUCED)
+            kernels = _generated(made, taps[4 * t_y], taps[4 * t_y + 1])
+            shifted = _generated(made, taps[4 * t_y + 2], taps[4 * t_y + 3])
             low, high = tl.split(tl.where(odd, shifted, kernels).reshape(tile, COLUMNS // 2, 2))
             pairs = tl.gather(_pairs(low, high, x.dtype.element_ty, PACKED), source, 1)
             pairs = tl.join(tl.where(near, pairs, 0), tl.where(near, 0, pairs)).permute(0, 2, 1).reshape(tile, COLUMNS)
@@ -101,14 +104,21 @@ def generated_tile(
 
 
 @triton.jit
-def _generated(made, weight, bias, first, tap, r, w_o, w_r, K_X: tl.constexpr, REDUCED: tl.constexpr):
-    """made @ weight.T + bias, float32, for the row of taps that begins at `first`: taps `tap`, zero where none is."""
-    has = (tap >= 0) & (tap < K_X)
-    taps = tl.load(
-        weight + (first + tap)[None, :] * w_o + r[:, None] * w_r, has[None, :] & (r < REDUCED)[:, None], 0.0
-    )
-    shift = tl.load(bias + first + tap, has, 0.0).to(tl.float32)
-    return tl.dot(made, taps, tl.broadcast_to(shift[None, :], (made.shape[0], tap.shape[0])))
+def _taps(loaded, weight, bias, first, tap, r, w_o, w_r, STEP: tl.constexpr, K_X: tl.constexpr, REDUCED: tl.constexpr):
+    """`loaded` with the weights (R, 8) and biases (8,) of the taps `tap` after `first`, and those of the taps before."""
+    for shift in tl.static_range(2):
+        wanted = tap - shift * STEP
+        has = (wanted >= 0) & (wanted < K_X)
+        at = weight + (first + wanted)[None, :] * w_o + r[:, None] * w_r
+        loaded = loaded + (tl.load(at, has[None, :] & (r < REDUCED)[:, None], 0.0),)
+        loaded = loaded + (tl.load(bias + first + wanted, has, 0.0),)
+    return loaded
+
+
+@triton.jit
+def _generated(made, weight, bias):
+    """The product of features (P, R) and weights (R, 8), and biases (8,), in float32."""
+    return tl.dot(made, weight, tl.broadcast_to(bias.to(tl.float32)[None, :], (made.shape[0], bias.shape[0])))
 
 
 @triton.constexpr_function
