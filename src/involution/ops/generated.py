@@ -35,6 +35,18 @@ def _halves(pairs, dtype: tl.constexpr):
     return low, (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
 
 
+@triton.jit
+def _band(near, far, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """Bands (P, 16) from pairs (P, 4) that belong to the first eight of their inputs, and to the other eight."""
+    low, high = _halves(tl.join(near, far).permute(0, 2, 1).reshape(near.shape[0], 8), dtype)
+    band = tl.join(low, high).reshape(near.shape[0], WINDOW)
+    if PACKED:
+        # Does nothing, but Triton does not look through it. Where it sees values joined it takes them for smaller ones,
+        # and would exchange by way of shared memory what each lane holds already.
+        band = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [band], band.dtype, False, 2)
+    return band
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *_COUNTS])
 def generated_tile(
     x, features, weight, bias, out, x_b, x_c, x_z, x_y, x_x, f_b, f_c, f_z, f_y, f_x, w_o, w_r,
@@ -85,9 +97,8 @@ def generated_tile(
             shifted = _generated(made, taps[4 * t_y + 2], taps[4 * t_y + 3])
             low, high = tl.split(tl.where(odd, shifted, kernels).reshape(tile, COLUMNS // 2, 2))
             pairs = tl.gather(_pairs(low, high, x.dtype.element_ty, PACKED), source, 1)
-            pairs = tl.join(tl.where(near, pairs, 0), tl.where(near, 0, pairs)).permute(0, 2, 1).reshape(tile, COLUMNS)
-            low, high = _halves(pairs, x.dtype.element_ty)
-            bands = _slices(tl.join(low, high).reshape(_rows_held(ROWS), COLUMNS, WINDOW), _rows_held(ROWS))
+            band = _band(tl.where(near, pairs, 0), tl.where(near, 0, pairs), x.dtype.element_ty, PACKED)
+            bands = _slices(band.reshape(_rows_held(ROWS), COLUMNS, WINDOW), _rows_held(ROWS))
             added = ()
             for y in tl.static_range(ROWS):
                 added = added + (tl.dot(rows[y * S_Y + t_y].T, bands[y].T, totals[y]),)
@@ -151,14 +162,15 @@ def generated_grad_x_tile(
     needed: tl.constexpr = ROWS + K_Y - 1
     r = tl.arange(0, REDUCED_BLOCK).to(INDEX)
     slot = i % COLUMNS - i // COLUMNS
-    weights = ()
+    t = tl.arange(0, COLUMNS).to(INDEX)[:, None]
+    output = group.to(INDEX) * taps_of_group + t * S_Y * TAPS_X + slot[None, :] * S_X
+    has = (t < K_Y) & (slot >= 0)[None, :] & (slot < K_X)[None, :]
+    at = weight + output[:, :, None] * w_o + r[None, None, :] * w_r
+    weights = _slices(tl.load(at, has[:, :, None] & (r < REDUCED)[None, None, :], 0.0), COLUMNS)
     shifts = ()
     for t_y in tl.static_range(K_Y):
-        output = group.to(INDEX) * taps_of_group + t_y * S_Y * TAPS_X + slot * S_X
-        has = (slot >= 0) & (slot < K_X)
-        taps = tl.load(weight + output[:, None] * w_o + r[None, :] * w_r, has[:, None] & (r < REDUCED)[None, :], 0.0)
-        weights = weights + (taps,)
-        shifts = shifts + (tl.load(bias + output, has, 0.0).to(tl.float32),)
+        at = bias + group.to(INDEX) * taps_of_group + t_y * S_Y * TAPS_X + slot * S_X
+        shifts = shifts + (tl.load(at, (slot >= 0) & (slot < K_X), 0.0).to(tl.float32),)
     n = tl.arange(0, COLUMNS)[:, None]
     m = tl.arange(0, COLUMNS // 2)[None, :]
     steps = n - 2 * m + K_X - 1
@@ -198,11 +210,7 @@ def generated_grad_x_tile(
                 pairs = tl.gather(pairs, source, 1).reshape(COLUMNS, COLUMNS // 2)
                 near = (steps >= 0) & (steps < COLUMNS)
                 far = steps >= COLUMNS
-                pairs = tl.join(tl.where(near, pairs, 0), tl.where(far, pairs, 0)).permute(0, 2, 1)
-                low, high = _halves(pairs.reshape(COLUMNS, COLUMNS), grad.dtype.element_ty)
-                band = tl.join(low, high).reshape(COLUMNS, WINDOW)
-                if PACKED:
-                    band = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [band], band.dtype, False, 2)
+                band = _band(tl.where(near, pairs, 0), tl.where(far, pairs, 0), grad.dtype.element_ty, PACKED)
                 added = added + (tl.dot(values, band.T, totals[y]),)
             else:
                 added = added + (totals[y],)
