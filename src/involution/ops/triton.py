@@ -26,7 +26,9 @@ Ints = Sequence[int]
 _COLUMNS, _WINDOW = programs.COLUMNS.value, programs.WINDOW.value
 _WINDOW_NAMES = [f"{name}_{axis}" for name in "KSL" for axis in "ZYX"]  # kernel size, stride, dilation
 _PACKED = torch.version.hip is None and not triton.knobs.runtime.interpret  # whether assembly of NVIDIA's GPUs is known
-_FEATURES = 32  # the most for which a tile of eight rows has registers
+_STAGES = 3  # of the loads of a strip: two rows are on their way while one is worked on
+_HEIGHT = 28  # rows of a strip, at most
+_FEATURES = 64  # the most for which kernels are generated on the chip
 
 
 def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
@@ -61,16 +63,16 @@ def generated(
 ) -> None:
     """Fill `out` as `reference.generated` does: on the chip for half types where that pays, else by way of memory."""
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
-    tile = _tile(x, groups, kernel_size, window, most=8 if reduced <= _FEATURES else 4)
-    if tile is None or not 1 <= reduced <= 2 * _FEATURES:
+    strip = _strip(x, groups, kernel_size, window)
+    if strip is None or not 1 <= reduced <= _FEATURES:
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
-    sizes, grid = _tiles(x, out, window[1], groups, tile["ROWS"])
+    sizes, grid = _strips(x, out, window[1], groups)
     with _on(x):
-        on_chip.generated_tile[grid](
+        on_chip.generated_strip[grid](
             *(x, features, weight, bias.contiguous(), out),
             *(*_strides(x), *_strides(features), *weight.stride(), *_strides(out), *sizes),
-            **tile,
+            **strip,
             **_features(reduced),
             INDEX=_index(x, features, out),
             num_warps=1,
@@ -82,8 +84,8 @@ def generated_grad_x(
 ) -> None:
     """Fill `out` as `reference.generated_grad_x` does: on the chip where `generated` is; with strides in phases."""
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
-    tile = _tile(grad, groups, kernel_size, window, most=8)
-    if tile is None or not 1 <= reduced <= _FEATURES * max(window[0]):
+    strip = _strip(grad, groups, kernel_size, window)
+    if strip is None or not 1 <= reduced <= _FEATURES:
         grad_x(out, grad, reference.span(features, weight, bias, kernel_size), *window)
         return
     (height, width), stride, padding, bias = kernel_size, window[0], window[1], bias.contiguous()
@@ -97,15 +99,15 @@ def generated_grad_x(
             phase.zero_()
             continue
         first = taps[0] * width + taps[1]
-        tile |= {f"K_{axis}": -(-(k - t) // s) for axis, k, t, s in zip("YX", kernel_size, taps, stride, strict=True)}
-        tile["ROWS"] = _height(phase.shape[2])
+        strip |= {f"K_{axis}": -(-(k - t) // s) for axis, k, t, s in zip("YX", kernel_size, taps, stride, strict=True)}
         before = [(at + p) // s for at, p, s in zip((y, x), padding, stride, strict=True)]
-        sizes, grid = _tiles(grad, phase, before, groups, tile["ROWS"])
+        sizes, grid = _strips(grad, phase, before, groups)
         with _on(grad):
-            on_chip.generated_grad_x_tile[grid](
+            on_chip.generated_grad_x_strip[grid](
                 *(grad, features, weight[first:], bias[first:], phase),
-                *(*_strides(grad), *_strides(features), *weight.stride(), *_strides(phase), *sizes, height * width),
-                **tile,
+                *(*_strides(grad), *_strides(features), *weight.stride(), *_strides(phase), *sizes[:-1]),
+                *(height * width, sizes[-1]),
+                **strip,
                 TAPS_X=width,
                 **_features(reduced),
                 INDEX=_index(grad, features, phase),
@@ -125,20 +127,20 @@ def grad_span(
     """Fill `outs` as `reference.grad_span` does: the gradient of the kernel is stored, then multiplied."""
     (taps, reduced), batch, size = weight.shape, features.shape[0], features.shape[2:]
     groups, places = taps // prod(kernel_size), batch * prod(size)
-    tile = _tile(x, groups, kernel_size, window, most=8) if places and x.shape[1] else None
-    if tile is None:
+    strip = _strip(x, groups, kernel_size, window) if places and x.shape[1] else None
+    if strip is None:
         kernel = reference.like_span(features, weight, kernel_size)
         if kernel.numel():
             grad_kernel(kernel, grad, x, *window)
         last, used = kernel.reshape(batch, taps, *size).movedim(1, -1).reshape(places, taps), weight
     else:
-        rows, width, step = taps // kernel_size[1], kernel_size[1], tile["S_X"]
+        rows, width, step = taps // kernel_size[1], kernel_size[1], strip["S_X"]
         pairs = torch.empty((places, rows * _COLUMNS // 2), dtype=torch.int32, device=x.device)
-        sizes, grid = _tiles(x, grad, window[1], groups, tile["ROWS"])
+        sizes, grid = _strips(x, grad, window[1], groups)
         with _on(x):
-            on_chip.generated_grad_kernel_tile[grid](
+            on_chip.generated_grad_kernel_strip[grid](
                 *(grad, x, pairs, *_strides(grad), *_strides(x), *sizes),
-                **tile,
+                **strip,
                 INDEX=_index(x, grad),
                 num_warps=1,
             )
@@ -149,33 +151,30 @@ def grad_span(
     made = F.pad(features.movedim(1, -1).reshape(places, reduced), (0, 8), value=1.0)
     outs[0].copy_((last @ used).view(batch, *size, reduced).movedim(-1, 1))
     sums = last.T @ made
-    if tile is not None:
+    if strip is not None:
         sums = sums.view(rows, step, _COLUMNS // step, -1).transpose(1, 2).flatten(1, 2)[:, :width].flatten(0, 1)
     outs[1].copy_(sums[:, :reduced])
     outs[2].copy_(sums[:, reduced])
 
 
-def _tile(x: Tensor, groups: int, kernel_size: Ints, window: Sequence[Ints], most: int) -> dict[str, Any] | None:
-    """Settings of the programs of `generated.py` with tiles of up to `most` rows, if the problem is one for them."""
+def _strip(x: Tensor, groups: int, kernel_size: Ints, window: Sequence[Ints]) -> dict[str, Any] | None:
+    """Settings of the programs of `generated.py`, if the problem is one for them."""
     stride, _, dilation = window
-    rank, channels = x.dim() - 2, x.shape[1] // groups if groups else 0
-    if rank != 2 or x.element_size() != 2 or torch.version.hip is not None or not 1 <= channels <= _WINDOW:
+    channels = x.shape[1] // groups if groups else 0
+    if x.dim() != 4 or x.element_size() != 2 or torch.version.hip is not None or not 1 <= channels <= _WINDOW:
         return None  # AMD's GPUs would spill registers
     if stride[0] != stride[1] or stride[0] > 2 or max(dilation) > 1 or max(kernel_size) >= _COLUMNS:
         return None
-    rows = -(-(x.shape[2]) // stride[0])
-    height = min(most, 4) if stride[0] > 1 else min(most, _height(rows))
     names = {"K_Y": kernel_size[0], "K_X": kernel_size[1], "S_Y": stride[0], "S_X": stride[1]}
-    return names | {"CHANNELS": channels, "ROWS": height, "PACKED": _PACKED}
+    return names | {"CHANNELS": channels, "PACKED": _PACKED, "STAGES": _STAGES}
 
 
-def _tiles(
-    read: Tensor, written: Tensor, padding: Ints, groups: int, height: int
-) -> tuple[tuple[int, ...], tuple[int]]:
-    """Sizes as the programs take them, and the grid, of tiles of `height` rows."""
+def _strips(read: Tensor, written: Tensor, padding: Ints, groups: int) -> tuple[tuple[int, ...], tuple[int]]:
+    """Sizes as the programs take them, with the height of a strip as the last, and the grid."""
     batch, _, rows, columns = written.shape
+    height = min(_HEIGHT, rows)
     row_blocks, strips = triton.cdiv(rows, height), triton.cdiv(columns, _COLUMNS)
-    sizes = (1, *read.shape[2:], 1, rows, columns, 0, *padding, groups, row_blocks, strips)
+    sizes = (1, *read.shape[2:], 1, rows, columns, 0, *padding, groups, row_blocks, strips, height)
     return sizes, (batch * row_blocks * strips * groups,)
 
 
