@@ -34,7 +34,7 @@ TARGETS = {
 _TYPES = {torch.int32: "i32", torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SOURCES: dict[ModuleType, tuple[str, ...]] = {
     given: ("slide", "products", "slide_tile", "products_tile"),
-    generating: ("generated_strip", "generated_grad_x_strip", "generated_grad_kernel_strip"),
+    generating: ("generated_strip", "generated_grad_x_strip", "generated_grad_kernel_tile"),
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

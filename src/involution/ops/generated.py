@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from involution.ops.programs import _COUNTS, _SIZES, COLUMNS, WINDOW, _place, _slices
+from involution.ops.programs import _COUNTS, _SIZES, COLUMNS, WINDOW, _place, _rows_of, _slices
 
 
 @triton.jit
@@ -179,16 +179,16 @@ def generated_grad_x_strip(
         totals = totals + (tl.zeros((WINDOW, COLUMNS), tl.float32),)
     read = strip.to(INDEX) * COLUMNS + P_X - (K_X - 1) + i
     has_read = (read >= 0) & (read < I_X)
-    grads_at = grad + batch * x_b + group.to(INDEX) * CHANNELS * x_c + read[:, None] * x_x + i[None, :] * x_c
+    grads_at = grad + batch * x_b + group.to(INDEX) * CHANNELS * x_c + read[None, :] * x_x + i[:, None] * x_c
     made_at = features + batch * f_b + read[None, :] * f_x + r[:, None] * f_c
-    has_grads = has_read[:, None] & (i < CHANNELS)[None, :]
+    has_grads = has_read[None, :] & (i < CHANNELS)[:, None]
     has_made = has_read[None, :] & (r < REDUCED)[:, None]
     columns = strip.to(INDEX) * COLUMNS + tl.arange(0, COLUMNS).to(INDEX)
     out_at = out + batch * out_b + group.to(INDEX) * CHANNELS * out_c + columns[:, None] * out_x + i[None, :] * out_c
     has_out = (columns < O_X)[:, None] & (i < CHANNELS)[None, :]
     for k in tl.range(height + K_Y - 1, num_stages=STAGES):
         here = row + P_Y - (K_Y - 1) + k
-        values = _row_of(grads_at, here, x_y, I_Y, has_grads).T
+        values = _row_of(grads_at, here, x_y, I_Y, has_grads)
         made = _row_of(made_at, here, f_y, I_Y, has_made)
         added = ()
         for t_y in tl.static_range(K_Y):
@@ -211,66 +211,68 @@ def generated_grad_x_strip(
         totals = totals + (tl.zeros((WINDOW, COLUMNS), tl.float32),)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_COUNTS, "height"])
-def generated_grad_kernel_strip(
+@triton.constexpr_function
+def _rows_held(rows):
+    """Rows of outputs that a tile has registers for: a power of two, with sixteen outputs at least."""
+    return max(2, triton.next_power_of_2(rows))
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_COUNTS])
+def generated_grad_kernel_tile(
     grad, x, pairs_out, g_b, g_c, g_z, g_y, g_x, x_b, x_c, x_z, x_y, x_x,
     I_Z, I_Y, I_X, O_Z, O_Y, O_X, P_Z, P_Y, P_X, groups, row_blocks, strip_blocks,
-    height, K_Y: tl.constexpr, K_X: tl.constexpr, S_Y: tl.constexpr, S_X: tl.constexpr, CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+    K_Y: tl.constexpr, K_X: tl.constexpr, S_Y: tl.constexpr, S_X: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, INDEX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Fill (B, O_Y, O_X, groups, K_Y, 4) with pairs of taps of the gradient of the kernel; a strip as `generated_strip`.
+    """`products_tile` that fills (B, O_Y, O_X, groups, K_Y, 4) with pairs of taps.
 
     So a row of taps has eight places, zero after the last, in line: for S_X = 2 the even taps, then from the fifth place
     on the odd ones. Two rows of outputs are one product for each row of x, in which the pairs of an output stand turned
     around; those of odd columns moreover in halves of two.
     """
-    batch, _, row, strip, group = _place(groups, row_blocks, strip_blocks, O_Z, 1, 1, 1)
-    row = row.to(INDEX) * height
+    batch, _, row, strip, group = _place(groups, row_blocks, strip_blocks, O_Z, ROWS, 1, 1)
+    row = row.to(INDEX)
     column = strip.to(INDEX) * COLUMNS
     i = tl.arange(0, WINDOW).to(INDEX)
+    x += batch * x_b + group.to(INDEX) * CHANNELS * x_c
+    needed: tl.constexpr = (ROWS - 1) * S_Y + K_Y
+    held: tl.constexpr = _rows_held(ROWS)
+    place = tl.arange(0, held * COLUMNS)
+    place_row = row + (place // COLUMNS).to(INDEX)
+    place_column = column + (place % COLUMNS).to(INDEX)
+    grads = tl.load(
+        grad + batch * g_b + (place_row * g_y + place_column * g_x)[:, None]
+        + (group.to(INDEX) * CHANNELS + i)[None, :] * g_c,
+        ((place_row < O_Y) & (place_column < O_X) & (place // COLUMNS < ROWS))[:, None] & (i < CHANNELS)[None, :],
+        0.0,
+    )  # fmt: skip
     halves: tl.constexpr = COLUMNS // 2
-    output = tl.arange(0, WINDOW)  # two rows of eight
-    lower = (output // COLUMNS).to(INDEX)
-    place = column + (output % COLUMNS).to(INDEX)
+    grads = _slices(grads.reshape(held // 2, WINDOW, WINDOW), held // 2)
+    output = tl.arange(0, WINDOW)
     pair = tl.arange(0, halves)[None, :]
     turn = (output % COLUMNS // 2)[:, None]
     near = pair >= turn
     source = (pair + turn) & (halves - 1)
     after = tl.broadcast_to((pair + 1) & (halves - 1), (WINDOW, halves))
     odd = (output % 2 == 1)[:, None]
-    has_place = place < O_X
-    channel = group.to(INDEX) * CHANNELS + i
-    grads_at = grad + batch * g_b + (lower * g_y + place * g_x)[:, None] + channel[None, :] * g_c
-    has_grads = has_place[:, None] & (i < CHANNELS)[None, :]
-    x += batch * x_b + channel[None, :] * x_c
-    of_place: tl.constexpr = K_Y * halves
-    pairs_at = pairs_out + (batch * O_Y * O_X + lower * O_X + place) * (groups * of_place)
-    pairs_at = (pairs_at + group.to(INDEX) * of_place - lower * (S_Y * halves))[:, None] + pair
-    rows = ()
-    for n in tl.static_range((S_Y + K_Y) * S_X):
-        rows = rows + (_column_row(x, column, n % S_X, S_X, row * S_Y - P_Y + n // S_X, x_y, x_x, P_X, I_Y, I_X, CHANNELS, INDEX),)
-    grads = tl.load(grads_at + row * g_y, has_grads & (row + lower < O_Y)[:, None], 0.0)
-    for k in tl.range(0, height, 2, num_stages=1):
-        here = row + k
-        again = ()
-        for n in tl.static_range((S_Y + K_Y) * S_X):
-            if n + 2 * S_Y * S_X < (S_Y + K_Y) * S_X:
-                again = again + (rows[n + 2 * S_Y * S_X],)
-            else:
-                again = again + (_column_row(x, column, n % S_X, S_X, (here + 2) * S_Y - P_Y + n // S_X, x_y, x_x, P_X, I_Y, I_X, CHANNELS, INDEX),)
-        grads_next = tl.load(grads_at + (here + 2) * g_y, has_grads & (here + 2 + lower < O_Y)[:, None], 0.0)
-        at = pairs_at + here.to(tl.int64) * O_X * (groups * of_place)
-        inside = has_place & (here + lower < O_Y) & (k + lower < height)
-        for n in tl.static_range((S_Y + K_Y) * S_X):
-            low, high = tl.split(tl.dot(grads, rows[n].T).reshape(WINDOW, 2, halves, 2))
-            first_pairs, second = tl.split(_pairs(low, high, x.dtype.element_ty, PACKED).permute(0, 2, 1))
-            pairs = tl.gather(tl.where(near, first_pairs, second), source, 1)
-            pairs = tl.where(odd, (pairs >> 16) | (tl.gather(pairs, after, 1) << 16), pairs)
-            tap = 2 * pair * S_X + n % S_X
-            pairs &= tl.where(tap < K_X, 0xFFFF, 0) | tl.where(tap + S_X < K_X, 0xFFFF0000, 0)
-            t_y = n // S_X - lower * S_Y
-            ok = inside & (t_y >= 0) & (t_y < K_Y)
-            to = at + (n // S_X * halves + n % S_X * (halves // S_X))
-            tl.store(to, pairs, ok[:, None] & (pair < halves // S_X))
-        rows = again
-        grads = grads_next
+    lower = output // COLUMNS  # which of two rows
+    columns = column + (output % COLUMNS).to(INDEX)
+    for phase in tl.static_range(S_X):
+        first = column * S_X - P_X + phase
+        rows = _rows_of(x, x_y, x_x, x_c, row * S_Y - P_Y, first, S_X, I_Y, I_X, needed, CHANNELS, INDEX)
+        tap = 2 * pair * S_X + phase
+        real = tl.where(tap < K_X, 0xFFFF, 0) | tl.where(tap + S_X < K_X, 0xFFFF0000, 0)
+        for half in tl.static_range((ROWS + 1) // 2):
+            here = row + 2 * half + lower.to(INDEX)
+            at = pairs_out + ((batch * O_Y + here) * O_X + columns) * (groups * K_Y * halves)
+            at = (at + (group.to(INDEX) * K_Y - lower * S_Y) * halves)[:, None] + pair + phase * (halves // S_X)
+            inside = (columns < O_X) & (here < O_Y) & (2 * half + lower < ROWS)
+            for k in tl.static_range(2 * half * S_Y, min((2 * half + 1) * S_Y + K_Y, needed)):
+                product = tl.dot(grads[half], rows[k].T).reshape(WINDOW, 2, halves, 2)
+                low, high = tl.split(product)
+                first_pairs, second = tl.split(_pairs(low, high, x.dtype.element_ty, PACKED).permute(0, 2, 1))
+                pairs = tl.gather(tl.where(near, first_pairs, second), source, 1)
+                pairs = tl.where(odd, (pairs >> 16) | (tl.gather(pairs, after, 1) << 16), pairs) & real
+                t_y = k - (2 * half + lower) * S_Y
+                ok = inside & (t_y >= 0) & (t_y < K_Y)
+                tl.store(at + (k - 2 * half * S_Y) * halves, pairs, ok[:, None] & (pair < halves // S_X))

@@ -67,7 +67,7 @@ def generated(
     if strip is None or not 1 <= reduced <= _FEATURES:
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
-    sizes, grid = _strips(x, out, window[1], groups)
+    sizes, grid = _strips(x, out, window[1], groups, min(_HEIGHT, out.shape[2]))
     with _on(x):
         on_chip.generated_strip[grid](
             *(x, features, weight, bias.contiguous(), out),
@@ -101,7 +101,7 @@ def generated_grad_x(
         first = taps[0] * width + taps[1]
         strip |= {f"K_{axis}": -(-(k - t) // s) for axis, k, t, s in zip("YX", kernel_size, taps, stride, strict=True)}
         before = [(at + p) // s for at, p, s in zip((y, x), padding, stride, strict=True)]
-        sizes, grid = _strips(grad, phase, before, groups)
+        sizes, grid = _strips(grad, phase, before, groups, min(_HEIGHT, phase.shape[2]))
         with _on(grad):
             on_chip.generated_grad_x_strip[grid](
                 *(grad, features, weight[first:], bias[first:], phase),
@@ -136,11 +136,14 @@ def grad_span(
     else:
         rows, width, step = taps // kernel_size[1], kernel_size[1], strip["S_X"]
         pairs = torch.empty((places, rows * _COLUMNS // 2), dtype=torch.int32, device=x.device)
-        sizes, grid = _strips(x, grad, window[1], groups)
+        del strip["STAGES"]
+        height = 4 if step > 1 else _height(size[0])
+        sizes, grid = _strips(x, grad, window[1], groups, height)
         with _on(x):
-            on_chip.generated_grad_kernel_strip[grid](
-                *(grad, x, pairs, *_strides(grad), *_strides(x), *sizes),
+            on_chip.generated_grad_kernel_tile[grid](
+                *(grad, x, pairs, *_strides(grad), *_strides(x), *sizes[:-1]),
                 **strip,
+                ROWS=height,
                 INDEX=_index(x, grad),
                 num_warps=1,
             )
@@ -149,7 +152,11 @@ def grad_span(
         used = used.view(rows, _COLUMNS // step, step, reduced).transpose(1, 2).reshape(-1, reduced)
     # A column of ones sums for the bias: a sum by itself would take longer than the product with features does.
     made = F.pad(features.movedim(1, -1).reshape(places, reduced), (0, 8), value=1.0)
-    outs[0].copy_((last @ used).view(batch, *size, reduced).movedim(-1, 1))
+    innermost = outs[0].movedim(1, -1)
+    if innermost.is_contiguous():
+        torch.mm(last, used, out=innermost.view(places, reduced))
+    else:
+        innermost.copy_((last @ used).view(batch, *size, reduced))
     sums = last.T @ made
     if strip is not None:
         sums = sums.view(rows, step, _COLUMNS // step, -1).transpose(1, 2).flatten(1, 2)[:, :width].flatten(0, 1)
@@ -169,10 +176,11 @@ def _strip(x: Tensor, groups: int, kernel_size: Ints, window: Sequence[Ints]) ->
     return names | {"CHANNELS": channels, "PACKED": _PACKED, "STAGES": _STAGES}
 
 
-def _strips(read: Tensor, written: Tensor, padding: Ints, groups: int) -> tuple[tuple[int, ...], tuple[int]]:
+def _strips(
+    read: Tensor, written: Tensor, padding: Ints, groups: int, height: int
+) -> tuple[tuple[int, ...], tuple[int]]:
     """Sizes as the programs take them, with the height of a strip as the last, and the grid."""
     batch, _, rows, columns = written.shape
-    height = min(_HEIGHT, rows)
     row_blocks, strips = triton.cdiv(rows, height), triton.cdiv(columns, _COLUMNS)
     sizes = (1, *read.shape[2:], 1, rows, columns, 0, *padding, groups, row_blocks, strips, height)
     return sizes, (batch * row_blocks * strips * groups,)
