@@ -34,12 +34,16 @@ def test_what_the_table_must_say():
         assert int(row["shared_bytes"]) <= _SHARED[row["target"]], row
         assert int(row["widest_load_bytes"]) == 16, row
     for dtype in ("bfloat16", "float16"):
-        fused = _row("generated_tile", "forward", "sm_90", dtype)
+        fused = _row("generated_strip", "forward", "sm_90", dtype)
         assert float(fused["instructions"]) <= 90
-        assert all(r["spilled_bytes"] == "0" for r in _rows() if r["target"] == "sm_90" and r["dtype"] == dtype)
+        here = [r for r in _rows() if r["target"] in ("sm_80", "sm_90") and r["dtype"] == dtype]
+        spilling = {(r["program"], r["shape"]) for r in here if r["spilled_bytes"] != "0"}
+        # Two phases of x, rows of both on their way: still the sooner one, see decision 020.
+        strided = ("128x128x28x28, stride 2", "128x256x14x14, stride 2")
+        assert spilling == {("generated_strip", shape) for shape in strided}
 
 
-@pytest.mark.parametrize("program", ["slide_tile", "generated_tile"])
+@pytest.mark.parametrize("program", ["slide_tile", "generated_strip"])
 def test_the_table_is_still_true(program: str):
     """Of the pinned Triton; a few per cent are left to others."""
     shape, outputs, launch = next(found for found in rednet50(torch.bfloat16) if found[2].program.__name__ == program)

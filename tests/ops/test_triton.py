@@ -151,7 +151,12 @@ _GENERATED = (
     case((13, 17), 3, padding=1, batch=2, groups=3, group_channels=16),
     case((6, 20), (5, 3), padding=(4, 0), dilation=(2, 1), batch=1, group_channels=9),
     case((9,), 3, padding=1, batch=1),
-    case((13, 9), 7, stride=2, padding=3, batch=1, group_channels=16),  # by way of memory, as the rest
+    case((13, 9), 7, stride=2, padding=3, batch=1, group_channels=16),
+    case((12, 19), (2, 5), stride=2, padding=(0, 3), batch=1, groups=3, group_channels=3),
+    case((9, 8), 1, stride=2, batch=1, group_channels=16),  # some positions are read by no output
+    case((31, 5), 3, padding=1, batch=2, group_channels=16),  # more than one strip, one below the other
+    case((9, 11), 3, stride=(2, 1), padding=1, batch=1, group_channels=4),  # by way of memory, as the rest
+    case((9, 11), 9, padding=4, batch=1, group_channels=4),
     case((4, 5, 6), 3, padding=1, batch=1),
 )
 
@@ -169,16 +174,23 @@ def test_generated(case: Case, dtype: torch.dtype, reduced: int) -> None:
     def forward_and_grad_x(grad: Tensor, x: Tensor, *_: Tensor, kernel: Tensor) -> list[Tensor]:
         return [run_reference(op, x, kernel, grad, case.window) for op in ("forward", "grad_x")]
 
-    from_kernel, absolute_kernel = (run_reference("grad_kernel", t[1], kernel, t[0], case.window) for t in (exact, sizes))
+    from_kernel, absolute_kernel = (
+        run_reference("grad_kernel", t[1], kernel, t[0], case.window) for t in (exact, sizes)
+    )
     values = [*forward_and_grad_x(*exact, kernel=kernel), *reference.through_span(from_kernel, *exact[2:4])]
-    rounded = [*forward_and_grad_x(*sizes, kernel=kernel.abs()), *reference.through_span(from_kernel.abs(), *sizes[2:4])]
+    rounded = [
+        *forward_and_grad_x(*sizes, kernel=kernel.abs()),
+        *reference.through_span(from_kernel.abs(), *sizes[2:4]),
+    ]
     absolutes = [*forward_and_grad_x(*sizes, kernel=largest), *reference.through_span(absolute_kernel, *sizes[2:4])]
     taps, places = prod(case.window.kernel_size), case.batch * prod(grad.shape[2:])
     first = (reduced + 1, reduced + 1, *(case.group_channels,) * 3)
     then = (taps, taps, case.groups * taps, places, places)
     rounding, step = torch.finfo(dtype), torch.finfo(torch.float32).eps
     lay = LAYOUTS["channels_last"][0]
-    got = _generated_and_gradients(*(lay(t, grad.dim() - 2) if t.dim() == grad.dim() else t for t in (grad, *tensors)), case)
+    got = _generated_and_gradients(
+        *(lay(t, grad.dim() - 2) if t.dim() == grad.dim() else t for t in (grad, *tensors)), case
+    )
     for name, found, value, size, absolute, *terms in zip(
         "yxfwb", got, values, rounded, absolutes, first, then, strict=True
     ):
@@ -339,6 +351,24 @@ def test_a_planted_fault_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> N
     tensors = each.tensors(torch.float32)
     with pytest.raises(AssertionError, match=f"{op}: .* exceed the tolerance"):
         Problem(*tensors, each.window).check_op(op, _run(op, *tensors, each.window))
+
+
+@on_the_programs
+def test_a_planted_fault_of_generated_kernels_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise; each of the five results is wrong by itself."""
+    from involution.ops import triton as programs
+
+    strips = programs._strips
+
+    def wrong(read: Tensor, written: Tensor, padding: tuple[int, int], *rest: int) -> object:
+        return strips(read, written, (padding[0], padding[1] + 1), *rest)
+
+    each = case((7, 7), 3, padding=1, batch=1, groups=1, group_channels=16)
+    tensors, grad = _generated_inputs(each, torch.bfloat16, 5), each.tensors(torch.bfloat16)[2]
+    right = _generated_and_gradients(grad, *tensors, each)
+    monkeypatch.setattr(programs, "_strips", wrong)
+    for a, b in zip(right, _generated_and_gradients(grad, *tensors, each), strict=True):
+        assert not torch.allclose(a, b, rtol=0.1)
 
 
 def test_who_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

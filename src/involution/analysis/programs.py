@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -31,7 +32,13 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_TYPES = {torch.int32: "i32", torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPES = {
+    torch.int32: "i32",
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 _SOURCES: dict[ModuleType, tuple[str, ...]] = {
     given: ("slide", "products", "slide_tile", "products_tile"),
     generating: ("generated_strip", "generated_grad_x_strip", "generated_grad_kernel_tile"),
@@ -47,6 +54,15 @@ class Launch:
     blocks: int
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
+
+    @property
+    def turns(self) -> int:
+        """How often the loop over the rows of a strip runs; in a program without one, 0."""
+        names = dict(zip(self.program.arg_names, self.arguments, strict=False))
+        if "height" not in names:
+            return 0
+        by_row = self.program.__name__ == "generated_grad_x_strip"
+        return names["height"] + self.settings["K_Y"] - 1 if by_row else -(-names["height"] // 2)
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
         """Compile for `target` with what Triton would know of the arguments there."""
@@ -77,7 +93,7 @@ class Compiled:
     """What came out for one program and target.
 
     `instructions` are thread instructions for each output element and exist only where they can be counted: in a
-    program without loops for an NVIDIA GPU.
+    program for an NVIDIA GPU without loops, or with one over the rows of a strip.
     """
 
     program: str
@@ -177,21 +193,33 @@ def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
         usage, code = (_tool(option, file.name) for option in ("-res-usage", "-sass"))
     registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[-1]) for field in ("REG", "STACK"))
     instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
-    widths = [int(n) // 8 for _, op, _ in instructions for n in re.findall(r"^LDG\.E(?:\.\w+)*?\.(32|64|128)", op + "")]
+    widths = [
+        int(n) // 8
+        for _, op, _ in instructions
+        for n in re.findall(r"^LDG(?:STS)?\.E(?:\.\w+)*?\.(32|64|128)", op + "")
+    ]
     threads = launch.blocks * 32 * launch.settings["num_warps"]
-    work = [op for _, op, _ in instructions if not op.startswith("NOP")]
-    counted = None if _loops(instructions) else round(len(work) * threads / outputs, 1)
+    issued = _issued(instructions, launch.turns)
+    counted = None if issued is None else round(issued * threads / outputs, 1)
     shared, widest = kernel.metadata.shared, max(widths, default=4)
     return Compiled(name, direction, target, shape, dtype, registers, stack, shared, widest, counted)
 
 
-def _loops(instructions: list[tuple[str, str, str]]) -> bool:
-    """Whether the code branches back, other than to the branch itself, which is how it ends."""
-    return any(
-        int(goal.group(1), 16) < int(at, 16)
-        for at, op, rest in instructions
-        if op.startswith("BRA") and (goal := re.search(r"0x([0-9a-f]+)", rest))
-    )
+def _issued(instructions: list[tuple[str, str, str]], turns: int) -> int | None:
+    """How many instructions a warp runs through, whose only loop it runs through `turns` times; None if unknown."""
+    work = [(int(at, 16), op, rest) for at, op, rest in instructions if not op.startswith("NOP")]
+    loops = [
+        (start, at)
+        for at, op, rest in work
+        # The last instruction of a program branches to itself.
+        if op.startswith("BRA")
+        and (goal := re.search(r"0x([0-9a-f]+)", rest))
+        and (start := int(goal.group(1), 16)) < at
+    ]
+    if len(loops) != (1 if turns else 0):
+        return None
+    inside = sum(start <= at <= end for start, end in loops for at, _, _ in work)
+    return len(work) + inside * (turns - 1) if loops else len(work)
 
 
 def _tool(option: str, file: str) -> str:
@@ -199,35 +227,35 @@ def _tool(option: str, file: str) -> str:
 
 
 def rednet50(dtype: torch.dtype, batch: int = 128) -> Iterator[tuple[str, int, Launch]]:
-    """Shape, outputs and launches of programs where RedNet-50 calls them with stride 1, in channels-last layout.
+    """Shape of outputs, elements written and launches of programs where RedNet-50 calls them, in channels-last layout.
 
     Of launches that differ in nothing that is compiled, the first.
     """
     seen = set()
-    window = ((1, 1), (3, 3), (1, 1))
-    for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
-        groups = channels // 16
+    shapes = [(64, 56, 1), (128, 28, 1), (256, 14, 1), (512, 7, 1), (128, 28, 2), (256, 14, 2), (512, 7, 2)]
+    for channels, side, stride in shapes:
+        groups, window = channels // 16, ((stride, stride), (3, 3), (1, 1))
 
         def tensor(width: int, side: int = side) -> Tensor:
             empty = torch.empty(batch, width, side, side, dtype=dtype, device="meta")
             return empty.to(memory_format=torch.channels_last)
 
-        x, kernel = tensor(channels), tensor(groups * 49).unflatten(1, (groups, 7, 7))
+        x, y, kernel = tensor(channels, side * stride), tensor(channels), tensor(groups * 49)
+        kernel = kernel.unflatten(1, (groups, 7, 7))
         weight = torch.empty(groups * 49, channels // 4, dtype=dtype, device="meta")
-        span = (tensor(channels // 4), weight, weight[:, 0].contiguous(), (7, 7))
-        calls: list[Callable[[], None]] = [
-            lambda x=x, kernel=kernel: implementation.forward(x, x, kernel, *window),  # type: ignore[misc]
-            lambda x=x, kernel=kernel: implementation.grad_x(x, x, kernel, *window),  # type: ignore[misc]
-            lambda x=x, kernel=kernel: implementation.grad_kernel(kernel, x, x, *window),  # type: ignore[misc]
-            lambda x=x, span=span: implementation.generated(x, x, *span, *window),  # type: ignore[misc]
-            lambda x=x, span=span: implementation.generated_grad_x(x, x, *span, *window),  # type: ignore[misc]
-            lambda x=x, span=span: implementation.grad_span(  # type: ignore[misc]
-                [span[0], span[1], span[2]], x, x, span[0], span[1], (7, 7), *window
-            ),
+        span = (tensor(channels // 4), weight, weight[:, 0].contiguous())
+        calls: list[tuple[Tensor, Callable[[], None]]] = [
+            (y, partial(implementation.forward, y, x, kernel, *window)),
+            (x, partial(implementation.grad_x, x, y, kernel, *window)),
+            (y, partial(implementation.grad_kernel, kernel, y, x, *window)),
+            (y, partial(implementation.generated, y, x, *span, (7, 7), *window)),
+            (x, partial(implementation.generated_grad_x, x, y, *span, (7, 7), *window)),
+            (y, partial(implementation.grad_span, span, y, x, *span[:2], (7, 7), *window)),
         ]
-        for call in calls:
+        for written, call in calls:
             for launch in launches(call):
                 compiled = (launch.program, *sorted((name, str(value)) for name, value in launch.settings.items()))
                 if compiled not in seen:
                     seen.add(compiled)
-                    yield f"{batch}x{channels}x{side}x{side}", x.numel(), launch
+                    label = "x".join(map(str, y.shape)) + (f", stride {stride}" if stride > 1 else "")
+                    yield label, written.numel(), launch

@@ -16,7 +16,7 @@ from involution.ops.programs import _COUNTS, _SIZES, COLUMNS, WINDOW, _place, _r
 
 @triton.jit
 def _pairs(low, high, dtype: tl.constexpr, PACKED: tl.constexpr):
-    """Two float32 as one number, rounded to a type of two bytes each; PACKED: by the instruction that does just this."""
+    """Two float32 as one number, each rounded to a type of two bytes; PACKED: by the instruction that does just this."""
     if PACKED and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], tl.uint32, True, 1)
     elif PACKED:
@@ -51,13 +51,23 @@ def _row_of(at, row, stride, rows, has):
     return tl.load(at + row * stride, has & (row >= 0) & (row < rows), 0.0)
 
 
+@triton.jit
+def _part_of_row(
+    x, row, start, STEP: tl.constexpr, x_y, x_x, I_Y, I_X, CHANNELS: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """Sixteen positions of a row, STEP apart, of sixteen channels that x points to."""
+    i = tl.arange(0, WINDOW).to(INDEX)
+    columns = start + i * STEP
+    has = ((columns >= 0) & (columns < I_X))[:, None] & (i < CHANNELS)[None, :]
+    return _row_of(x + columns[:, None] * x_x, row, x_y, I_Y, has)
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *_COUNTS, "height"])
 def generated_strip(
     x, features, weight, bias, out, x_b, x_c, x_z, x_y, x_x, f_b, f_c, f_z, f_y, f_x, w_o, w_r,
     out_b, out_c, out_z, out_y, out_x, I_Z, I_Y, I_X, O_Z, O_Y, O_X, P_Z, P_Y, P_X, groups, row_blocks, strip_blocks,
     height, K_Y: tl.constexpr, K_X: tl.constexpr, S_Y: tl.constexpr, S_X: tl.constexpr, REDUCED: tl.constexpr,
     REDUCED_BLOCK: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, PACKED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Involution with a kernel weight @ features + bias: a strip of eight columns, two rows of outputs at a time.
 
@@ -93,11 +103,13 @@ def generated_strip(
     columns = column + tl.arange(0, COLUMNS).to(INDEX)
     out_at = out + batch * out_b + group.to(INDEX) * CHANNELS * out_c + columns[:, None] * out_x + i[None, :] * out_c
     has_out = (columns < O_X)[:, None] & (i < CHANNELS)[None, :]
-    # Rows of x for two rows of outputs; the next two read all but the first of them again. What they read besides is on
-    # its way meanwhile: Triton does not see to it where rows are used more than once.
+    # Rows of x for two rows of outputs; the next two read most of them again. The others are on their way meanwhile,
+    # which Triton does not see to where a row is used in more than one turn.
     rows = ()
     for n in tl.static_range((S_Y + K_Y) * S_X):
-        rows = rows + (_column_row(x, column, n % S_X, S_X, row * S_Y - P_Y + n // S_X, x_y, x_x, P_X, I_Y, I_X, CHANNELS, INDEX),)
+        start = column * S_X - P_X + n % S_X
+        read = _part_of_row(x, row * S_Y - P_Y + n // S_X, start, S_X, x_y, x_x, I_Y, I_X, CHANNELS, INDEX)
+        rows = rows + (read,)
     made = tl.load(made_at + row * f_y, has_made & (row + lower < O_Y)[:, None], 0.0)
     for k in tl.range(0, height, 2, num_stages=1):
         here = row + k
@@ -106,7 +118,10 @@ def generated_strip(
             if n + 2 * S_Y * S_X < (S_Y + K_Y) * S_X:
                 again = again + (rows[n + 2 * S_Y * S_X],)
             else:
-                again = again + (_column_row(x, column, n % S_X, S_X, (here + 2) * S_Y - P_Y + n // S_X, x_y, x_x, P_X, I_Y, I_X, CHANNELS, INDEX),)
+                start = column * S_X - P_X + n % S_X
+                next_row = (here + 2) * S_Y - P_Y + n // S_X
+                read = _part_of_row(x, next_row, start, S_X, x_y, x_x, I_Y, I_X, CHANNELS, INDEX)
+                again = again + (read,)
         made_next = tl.load(made_at + (here + 2) * f_y, has_made & (here + 2 + lower < O_Y)[:, None], 0.0)
         upper = tl.zeros((WINDOW, COLUMNS), tl.float32)
         under = tl.zeros((WINDOW, COLUMNS), tl.float32)
@@ -126,25 +141,13 @@ def generated_strip(
         made = made_next
 
 
-@triton.jit
-def _column_row(
-    x, column, phase: tl.constexpr, STEP: tl.constexpr, row, x_y, x_x, P_X, I_Y, I_X, CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr,
-):  # fmt: skip
-    """Sixteen positions (16, 16 channels) of a row of x, every STEP-th, for outputs from `column` on."""
-    i = tl.arange(0, WINDOW).to(INDEX)
-    read = (column + i) * STEP - P_X + phase
-    has = ((read >= 0) & (read < I_X))[:, None] & (i < CHANNELS)[None, :]
-    return _row_of(x + read[:, None] * x_x, row, x_y, I_Y, has)
-
-
 @triton.jit(do_not_specialize=[*_SIZES, *_COUNTS, "taps_of_group", "height"])
 def generated_grad_x_strip(
     grad, features, weight, bias, out, x_b, x_c, x_z, x_y, x_x, f_b, f_c, f_z, f_y, f_x, w_o, w_r,
     out_b, out_c, out_z, out_y, out_x, I_Z, I_Y, I_X, O_Z, O_Y, O_X, P_Z, P_Y, P_X, groups, row_blocks, strip_blocks,
     taps_of_group, height, K_Y: tl.constexpr, K_X: tl.constexpr, TAPS_X: tl.constexpr, S_Y: tl.constexpr,
     S_X: tl.constexpr, REDUCED: tl.constexpr, REDUCED_BLOCK: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-    PACKED: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x with kernels generated on the chip: a strip of eight columns, row by row of the gradient.
 
@@ -186,7 +189,7 @@ def generated_grad_x_strip(
     columns = strip.to(INDEX) * COLUMNS + tl.arange(0, COLUMNS).to(INDEX)
     out_at = out + batch * out_b + group.to(INDEX) * CHANNELS * out_c + columns[:, None] * out_x + i[None, :] * out_c
     has_out = (columns < O_X)[:, None] & (i < CHANNELS)[None, :]
-    for k in tl.range(height + K_Y - 1, num_stages=STAGES):
+    for k in tl.range(height + K_Y - 1, num_stages=3):  # two rows are on their way while one is worked on
         here = row + P_Y - (K_Y - 1) + k
         values = _row_of(grads_at, here, x_y, I_Y, has_grads)
         made = _row_of(made_at, here, f_y, I_Y, has_made)
@@ -226,9 +229,9 @@ def generated_grad_kernel_tile(
 ):  # fmt: skip
     """`products_tile` that fills (B, O_Y, O_X, groups, K_Y, 4) with pairs of taps.
 
-    So a row of taps has eight places, zero after the last, in line: for S_X = 2 the even taps, then from the fifth place
-    on the odd ones. Two rows of outputs are one product for each row of x, in which the pairs of an output stand turned
-    around; those of odd columns moreover in halves of two.
+    So a row of taps has eight places, zero after the last, in line; for S_X = 2 the first four are those of even taps,
+    the others those of odd ones. Two rows of outputs are one product for each row of x, in which the pairs of an output
+    stand turned around; those of odd columns moreover in halves of two.
     """
     batch, _, row, strip, group = _place(groups, row_blocks, strip_blocks, O_Z, ROWS, 1, 1)
     row = row.to(INDEX)

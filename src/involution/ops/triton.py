@@ -26,9 +26,8 @@ Ints = Sequence[int]
 _COLUMNS, _WINDOW = programs.COLUMNS.value, programs.WINDOW.value
 _WINDOW_NAMES = [f"{name}_{axis}" for name in "KSL" for axis in "ZYX"]  # kernel size, stride, dilation
 _PACKED = torch.version.hip is None and not triton.knobs.runtime.interpret  # whether assembly of NVIDIA's GPUs is known
-_STAGES = 3  # of the loads of a strip: two rows are on their way while one is worked on
-_HEIGHT = 28  # rows of a strip, at most
-_FEATURES = 64  # the most for which kernels are generated on the chip
+_HEIGHT = 28  # rows of a strip, at most: a multiple of 7 and 14, and few enough for several strips to each processor
+_FEATURES = 64  # the most for which generating a kernel takes less time than to store and load it
 
 
 def forward(out: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> None:
@@ -82,10 +81,11 @@ def generated(
 def generated_grad_x(
     out: Tensor, grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
 ) -> None:
-    """Fill `out` as `reference.generated_grad_x` does: on the chip where `generated` is; with strides in phases."""
+    """Fill `out` as `reference.generated_grad_x` does: on the chip where that pays, with strides phase by phase."""
     groups, reduced = weight.shape[0] // prod(kernel_size), features.shape[1]
     strip = _strip(grad, groups, kernel_size, window)
-    if strip is None or not 1 <= reduced <= _FEATURES:
+    # Without strides the weights of seven rows of taps are at hand at once, and do not fit the registers.
+    if strip is None or not 1 <= reduced <= (_FEATURES if max(window[0]) > 1 else _FEATURES // 2):
         grad_x(out, grad, reference.span(features, weight, bias, kernel_size), *window)
         return
     (height, width), stride, padding, bias = kernel_size, window[0], window[1], bias.contiguous()
@@ -93,7 +93,7 @@ def generated_grad_x(
         phase = out[:, :, y :: stride[0], x :: stride[1]]
         if not phase.numel():
             continue
-        # Tap t reads position i for output (i + padding - t) / stride: of a phase of positions, every stride-th tap does.
+        # Tap t reads position i for output (i + padding - t) / stride, so that of a phase every stride-th tap does.
         taps = [(at + p) % s for at, p, s in zip((y, x), padding, stride, strict=True)]
         if height <= taps[0] or width <= taps[1]:
             phase.zero_()
@@ -136,7 +136,6 @@ def grad_span(
     else:
         rows, width, step = taps // kernel_size[1], kernel_size[1], strip["S_X"]
         pairs = torch.empty((places, rows * _COLUMNS // 2), dtype=torch.int32, device=x.device)
-        del strip["STAGES"]
         height = 4 if step > 1 else _height(size[0])
         sizes, grid = _strips(x, grad, window[1], groups, height)
         with _on(x):
@@ -173,7 +172,7 @@ def _strip(x: Tensor, groups: int, kernel_size: Ints, window: Sequence[Ints]) ->
     if stride[0] != stride[1] or stride[0] > 2 or max(dilation) > 1 or max(kernel_size) >= _COLUMNS:
         return None
     names = {"K_Y": kernel_size[0], "K_X": kernel_size[1], "S_Y": stride[0], "S_X": stride[1]}
-    return names | {"CHANNELS": channels, "PACKED": _PACKED, "STAGES": _STAGES}
+    return names | {"CHANNELS": channels, "PACKED": _PACKED}
 
 
 def _strips(
