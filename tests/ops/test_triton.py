@@ -300,6 +300,23 @@ def test_autocast_and_compiled(dtype: torch.dtype) -> None:
 
 @on_the_programs
 @not_interpreted
+def test_in_distributed_data_parallel() -> None:
+    """Of one process, which is what a machine with one GPU has; its hooks see every gradient all the same."""
+    torch.manual_seed(0)
+    layer = Involution2d(64).to(DEVICE, torch.bfloat16)
+    x = torch.randn(2, 64, 14, 14, device=DEVICE, dtype=torch.bfloat16)
+    expected = _layer_results(layer, x)
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        got = _layer_results(layer, x, torch.nn.parallel.DistributedDataParallel(layer))
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_the_programs
+@not_interpreted
 def test_in_a_cuda_graph() -> None:
     layer = Involution2d(64).to(DEVICE, torch.bfloat16).eval()
     x = torch.randn(2, 64, 14, 14, device=DEVICE, dtype=torch.bfloat16)
