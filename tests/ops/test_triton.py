@@ -166,6 +166,18 @@ _GENERATED = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", _GENERATED, ids=str)
 def test_generated(case: Case, dtype: torch.dtype, reduced: int) -> None:
+    _check_generated(case, dtype, reduced, "channels_last")
+
+
+@on_the_programs
+@pytest.mark.parametrize("layout", ["contiguous", "every_second"])
+@pytest.mark.parametrize("case", [_GENERATED[1], _GENERATED[5]], ids=str)
+def test_generated_in_other_layouts(case: Case, layout: str) -> None:
+    """Of the two strides that are served on the chip: a kernel in memory is torch's product, to whatever rounding."""
+    _check_generated(case, torch.bfloat16, 5, layout)
+
+
+def _check_generated(case: Case, dtype: torch.dtype, reduced: int, layout: str) -> None:
     """Like the unfused layer it rounds the kernel, or its gradient, to the dtype: half an eps of every product."""
     tensors, grad = _generated_inputs(case, dtype, reduced), case.tensors(dtype)[2]
     exact, sizes = [[f(t.double()) for t in (grad, *tensors)] for f in (torch.Tensor.clone, torch.abs)]
@@ -187,7 +199,7 @@ def test_generated(case: Case, dtype: torch.dtype, reduced: int) -> None:
     first = (reduced + 1, reduced + 1, *(case.group_channels,) * 3)
     then = (taps, taps, case.groups * taps, places, places)
     rounding, step = torch.finfo(dtype), torch.finfo(torch.float32).eps
-    lay = LAYOUTS["channels_last"][0]
+    lay = LAYOUTS[layout][0]
     got = _generated_and_gradients(
         *(lay(t, grad.dim() - 2) if t.dim() == grad.dim() else t for t in (grad, *tensors)), case
     )

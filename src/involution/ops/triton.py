@@ -147,7 +147,7 @@ def grad_span(
                 num_warps=1,
             )
         last = pairs.view(x.dtype)
-        used = F.pad(weight.view(rows, width, reduced), (0, 0, 0, _COLUMNS - width))
+        used = F.pad(weight.reshape(rows, width, reduced), (0, 0, 0, _COLUMNS - width))
         used = used.view(rows, _COLUMNS // step, step, reduced).transpose(1, 2).reshape(-1, reduced)
     # A column of ones sums for the bias: a sum by itself would take longer than the product with features does.
     made = F.pad(features.movedim(1, -1).reshape(places, reduced), (0, 8), value=1.0)
