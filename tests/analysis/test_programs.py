@@ -37,10 +37,10 @@ def test_what_the_table_must_say():
         fused = _row("generated_strip", "forward", "sm_90", dtype)
         assert float(fused["instructions"]) <= 90
         here = [r for r in _rows() if r["target"] in ("sm_80", "sm_90") and r["dtype"] == dtype]
-        spilling = {(r["program"], r["shape"]) for r in here if r["spilled_bytes"] != "0"}
         # Two phases of x, rows of both on their way: still the sooner one, see decision 020.
         strided = ("128x128x28x28, stride 2", "128x256x14x14, stride 2")
-        assert spilling == {("generated_strip", shape) for shape in strided}
+        most = {("generated_strip", strided[0]): 128, ("generated_strip", strided[1]): 256, ("products", strided[0]): 8}
+        assert all(int(r["spilled_bytes"]) <= most.get((r["program"], r["shape"]), 0) for r in here)
 
 
 @pytest.mark.parametrize("program", ["slide_tile", "generated_strip"])
@@ -68,3 +68,22 @@ def test_which_program_serves_what():
     assert names(14, 7, 1, 16) == names(14, 9, 1, 16) == names(14, 3, 1, 5, torch.float32) == "slide_tile"
     assert names(14, 7, 2, 16) == names(40, 11, 1, 16) == names(14, 7, 1, 32) == "slide"
     assert names(14, 7, 1, 16, torch.float64) == "slide"
+
+
+def test_where_kernels_are_generated_on_the_chip():
+    def names(reduced: int, stride: int = 1, size: int = 7, dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
+        side, window = 14, ((stride,) * 2, (size // 2,) * 2, (1, 1))
+        x, y = (torch.empty(1, 16, s, s, dtype=dtype, device="meta") for s in (side * stride, side))
+        features = torch.empty(1, reduced, side, side, dtype=dtype, device="meta")
+        weight = torch.empty(size * size, reduced, dtype=dtype, device="meta")
+        span, calls = (features, weight, weight[:, 0].contiguous(), (size, size)), []
+        calls += launches(lambda: implementation.generated(y, x, *span, *window))
+        calls += launches(lambda: implementation.generated_grad_x(x, y, *span, *window))
+        calls += launches(lambda: implementation.grad_span(span[:3], y, x, *span[:2], (size, size), *window))
+        return tuple(dict.fromkeys(launch.program.__name__ for launch in calls))
+
+    chip = ("generated_strip", "generated_grad_x_strip", "generated_grad_kernel_tile")
+    assert names(16) == names(32) == names(16, 2) == names(64, 2) == chip
+    assert names(64) == ("generated_strip", "slide_tile", "generated_grad_kernel_tile")
+    assert names(128) == ("slide_tile", "generated_grad_kernel_tile")
+    assert names(16, size=9) == names(16, dtype=torch.float32) == ("slide_tile", "products_tile")
