@@ -8,9 +8,9 @@ which is one instruction of a tensor core for sixteen channels: 16 / K times the
 higher, and x is read twice instead of K times. The gradient of x has the same form, with the kernels of the sixteen;
 the gradient of the kernel is the band of the product x^T (16, D) @ grad (D, 8).
 
-Two families. In `slide` and `products` a program serves a block of rows and groups, for any window. In `slide_tile`,
-`products_tile` and `generated_tile` a program is one warp that serves one group in a tile of up to eight by eight
-outputs, and holds the up to sixteen rows of x it needs in registers, for windows that fit.
+Two families. In `slide` and `products` a program serves a block of rows and groups, for any window. In `slide_tile`
+and `products_tile` a program is one warp that serves one group in a tile of up to eight by eight outputs, and holds the
+up to sixteen rows of x it needs in registers, for windows that fit.
 
 Names: x and out (B, C, Z, Y, X), kernel (B, G, taps, Z, Y, X); `*_b`, `*_c` and so on are strides, I_* and O_* sizes
 of what is read and of what is written, K_*, S_*, P_* and L_* kernel size, stride, padding and dilation.

@@ -40,7 +40,7 @@ def generated(
 
 def span(features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints) -> Tensor:
     """The kernel (B, G, *K, *O): weight (G * T, R) @ features (B, R, *O) + bias (G * T,) at every position."""
-    with _as_given(features):
+    with as_given(features):
         taps = F.linear(features.movedim(1, -1), weight, bias)
     return taps.movedim(-1, 1).unflatten(1, (-1, *kernel_size))  # channels innermost, as the loops like it
 
@@ -75,7 +75,7 @@ def through_span(kernel: Tensor, features: Tensor, weight: Tensor) -> tuple[Tens
     # The old vmap that torch.autograd.functional uses has no rule for `flatten`.
     last = kernel.reshape(batch, taps, *size).movedim(1, -1)
     every, made = last.reshape(places, taps), features.movedim(1, -1).reshape(places, reduced)
-    with _as_given(features):
+    with as_given(features):
         return (last @ weight).movedim(-1, 1), every.T @ made, every.sum(0)
 
 
@@ -122,7 +122,7 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1))  # (B, C, *) -> (B, G, D, *)
 
 
-def _as_given(x: Tensor) -> AbstractContextManager[Any]:
+def as_given(x: Tensor) -> AbstractContextManager[Any]:
     """Within it, torch.autocast leaves products their dtype: what it had to cast was cast before it came here."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()

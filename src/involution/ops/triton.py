@@ -25,8 +25,8 @@ Ints = Sequence[int]
 
 _COLUMNS, _WINDOW = programs.COLUMNS.value, programs.WINDOW.value
 _WINDOW_NAMES = [f"{name}_{axis}" for name in "KSL" for axis in "ZYX"]  # kernel size, stride, dilation
-_PACKED = torch.version.hip is None and not triton.knobs.runtime.interpret  # whether assembly of NVIDIA's GPUs is known
-_HEIGHT = 28  # rows of a strip, at most: a multiple of 7 and 14, and few enough for several strips to each processor
+_PACKED = not triton.knobs.runtime.interpret  # whether assembly of NVIDIA's GPUs, since Ampere, is known
+_HEIGHT = 28  # rows of a strip, at most: few enough for several strips to each processor
 _FEATURES = 64  # the most for which generating a kernel takes less time than to store and load it
 
 
@@ -66,14 +66,14 @@ def generated(
     if strip is None or not 1 <= reduced <= _FEATURES:
         forward(out, x, reference.span(features, weight, bias, kernel_size), *window)
         return
-    sizes, grid = _strips(x, out, window[1], groups, min(_HEIGHT, out.shape[2]))
+    sizes, grid = _strips(x, out, window[1], groups, _strip_height(out.shape[2]))
     with _on(x):
         on_chip.generated_strip[grid](
             *(x, features, weight, bias.contiguous(), out),
             *(*_strides(x), *_strides(features), *weight.stride(), *_strides(out), *sizes),
             **strip,
             **_features(reduced),
-            INDEX=_index(x, features, out),
+            INDEX=_index(x, features, weight[None], out),
             num_warps=1,
         )
 
@@ -101,7 +101,7 @@ def generated_grad_x(
         first = taps[0] * width + taps[1]
         strip |= {f"K_{axis}": -(-(k - t) // s) for axis, k, t, s in zip("YX", kernel_size, taps, stride, strict=True)}
         before = [(at + p) // s for at, p, s in zip((y, x), padding, stride, strict=True)]
-        sizes, grid = _strips(grad, phase, before, groups, min(_HEIGHT, phase.shape[2]))
+        sizes, grid = _strips(grad, phase, before, groups, _strip_height(phase.shape[2]))
         with _on(grad):
             on_chip.generated_grad_x_strip[grid](
                 *(grad, features, weight[first:], bias[first:], phase),
@@ -110,7 +110,7 @@ def generated_grad_x(
                 **strip,
                 TAPS_X=width,
                 **_features(reduced),
-                INDEX=_index(grad, features, phase),
+                INDEX=_index(grad, features, weight[None], phase),
                 num_warps=1,
             )
 
@@ -152,11 +152,12 @@ def grad_span(
     # A column of ones sums for the bias: a sum by itself would take longer than the product with features does.
     made = F.pad(features.movedim(1, -1).reshape(places, reduced), (0, 8), value=1.0)
     innermost = outs[0].movedim(1, -1)
-    if innermost.is_contiguous():
-        torch.mm(last, used, out=innermost.view(places, reduced))
-    else:
-        innermost.copy_((last @ used).view(batch, *size, reduced))
-    sums = last.T @ made
+    with reference.as_given(features):
+        if innermost.is_contiguous():
+            torch.mm(last, used, out=innermost.view(places, reduced))
+        else:
+            innermost.copy_((last @ used).view(batch, *size, reduced))
+        sums = last.T @ made
     if strip is not None:
         sums = sums.view(rows, step, _COLUMNS // step, -1).transpose(1, 2).flatten(1, 2)[:, :width].flatten(0, 1)
     outs[1].copy_(sums[:, :reduced])
@@ -167,12 +168,20 @@ def _strip(x: Tensor, groups: int, kernel_size: Ints, window: Sequence[Ints]) ->
     """Settings of the programs of `generated.py`, if the problem is one for them."""
     stride, _, dilation = window
     channels = x.shape[1] // groups if groups else 0
-    if x.dim() != 4 or x.element_size() != 2 or torch.version.hip is not None or not 1 <= channels <= _WINDOW:
-        return None  # AMD's GPUs would spill registers
+    if x.dim() != 4 or x.element_size() != 2 or not 1 <= channels <= _WINDOW or not _serves(x.device):
+        return None
     if stride[0] != stride[1] or stride[0] > 2 or max(dilation) > 1 or max(kernel_size) >= _COLUMNS:
         return None
     names = {"K_Y": kernel_size[0], "K_X": kernel_size[1], "S_Y": stride[0], "S_X": stride[1]}
     return names | {"CHANNELS": channels, "PACKED": _PACKED}
+
+
+@lru_cache
+def _serves(device: torch.device) -> bool:
+    """Whether a device is one for `generated.py`: AMD's would spill registers; before Ampere a rounding is missing."""
+    if torch.version.hip is not None:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _strips(
@@ -183,6 +192,11 @@ def _strips(
     row_blocks, strips = triton.cdiv(rows, height), triton.cdiv(columns, _COLUMNS)
     sizes = (1, *read.shape[2:], 1, rows, columns, 0, *padding, groups, row_blocks, strips, height)
     return sizes, (batch * row_blocks * strips * groups,)
+
+
+def _strip_height(rows: int) -> int:
+    """Rows of strips that are all but equally high."""
+    return triton.cdiv(rows, triton.cdiv(rows, _HEIGHT))
 
 
 def _features(reduced: int) -> dict[str, int]:
