@@ -154,7 +154,7 @@ _GENERATED = (
     case((13, 9), 7, stride=2, padding=3, batch=1, group_channels=16),
     case((12, 19), (2, 5), stride=2, padding=(0, 3), batch=1, groups=3, group_channels=3),
     case((9, 8), 1, stride=2, batch=1, group_channels=16),  # some positions are read by no output
-    case((31, 5), 3, padding=1, batch=2, group_channels=16),  # more than one strip, one below the other
+    case((30, 5), 3, padding=1, batch=2, group_channels=16),  # two strips of fifteen rows
     case((9, 11), 3, stride=(2, 1), padding=1, batch=1, group_channels=4),  # by way of memory, as the rest
     case((9, 11), 9, padding=4, batch=1, group_channels=4),
     case((4, 5, 6), 3, padding=1, batch=1),
@@ -237,6 +237,18 @@ def test_nan_stays_in_its_tile() -> None:
     elsewhere = y.clone()
     elsewhere[3, 12:19, 17 - 9 : 24 + 9] = 0
     assert not elsewhere.isnan().any()
+
+
+@on_the_programs
+def test_nan_reaches_the_features_of_what_reads_it() -> None:
+    """And no others, though rows of taps have an eighth place, and all are multiplied."""
+    each = case((9, 20), 7, padding=3, batch=1, groups=1, group_channels=16)
+    tensors, grad = _generated_inputs(each, torch.bfloat16, 5), each.tensors(torch.bfloat16)[2]
+    tensors[0][0, 3, 4, 10] = torch.nan
+    features = _generated_and_gradients(grad, *tensors, each)[2].cpu()[0]
+    assert bool(features[:, 1:8, 7:14].isnan().all())
+    features[:, 1:8, 7:14] = 0
+    assert not features.isnan().any()
 
 
 @on_the_programs
