@@ -193,11 +193,8 @@ def inspect(launch: Launch, target: str, outputs: int, shape: str) -> Compiled:
         usage, code = (_tool(option, file.name) for option in ("-res-usage", "-sass"))
     registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[-1]) for field in ("REG", "STACK"))
     instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
-    widths = [
-        int(n) // 8
-        for _, op, _ in instructions
-        for n in re.findall(r"^LDG(?:STS)?\.E(?:\.\w+)*?\.(32|64|128)", op + "")
-    ]
+    wide = r"^LDG(?:STS)?\.E(?:\.\w+)*?\.(32|64|128)"
+    widths = [int(n) // 8 for _, op, _ in instructions for n in re.findall(wide, op)]
     threads = launch.blocks * 32 * launch.settings["num_warps"]
     issued = _issued(instructions, launch.turns)
     counted = None if issued is None else round(issued * threads / outputs, 1)
@@ -219,7 +216,7 @@ def _issued(instructions: list[tuple[str, str, str]], turns: int) -> int | None:
     if len(loops) != (1 if turns else 0):
         return None
     inside = sum(start <= at <= end for start, end in loops for at, _, _ in work)
-    return len(work) + inside * (turns - 1) if loops else len(work)
+    return len(work) + inside * (turns - 1)
 
 
 def _tool(option: str, file: str) -> str:
