@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from involution import inference
 from involution.generators import (
     POINTWISE,
     AttentionGenerator,
@@ -89,6 +90,8 @@ class _Involution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced(self, x)
+        if (y := inference.at_once(self, x)) is not None:
+            return y
         if not isinstance(x, Tensor):
             raise TypeError(f"`x` must be a tensor; got {type(x).__name__}.")
         if x.dim() != self.rank + 2 or x.shape[1] != self.channels:
@@ -108,7 +111,7 @@ class _Involution(nn.Module):
         return self.project(self._involve(x))
 
     def _involve(self, x: Tensor) -> Tensor:
-        window, generator, centres = self.window, self.generator, self._centres(x)
+        window, generator, centres = self.window, self.generator, self.centres(x)
         settings = (window.stride, window.padding, window.dilation)
         if self.fused and isinstance(generator, SpanGenerator) and generator.is_plain():
             features, weight, bias = generator.features(centres), generator.span.weight.flatten(1), generator.span.bias
@@ -116,7 +119,7 @@ class _Involution(nn.Module):
             return generated_involution(x, features, weight, bias, window.kernel_size, *settings)
         return involution(x, generator(centres), *settings)
 
-    def _centres(self, x: Tensor) -> Tensor:
+    def centres(self, x: Tensor) -> Tensor:
         """`x` cut (or padded with zeros) to the positions window centres can lie on: all of `x` by default."""
         return F.pad(x, self._overhang) if any(self._overhang) else x
 
@@ -126,6 +129,12 @@ class _Involution(nn.Module):
             f"{self.channels}, kernel_size={window.kernel_size}, stride={window.stride}, padding={window.padding}, "
             f"dilation={window.dilation}, groups={self.groups}"
         )
+
+
+def involve(layer: nn.Module, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
+    """act(norm(layer(x))), by one call where `layer` is an involution in inference and nothing watches."""
+    out = inference.at_once(layer, x, norm, act) if isinstance(layer, _Involution) else None
+    return act(norm(layer(x))) if out is None else out
 
 
 class Involution1d(_Involution):

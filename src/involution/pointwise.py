@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Pointwise(_ConvNd):
@@ -101,7 +101,7 @@ def fold_norms(module: nn.Module, **norms: str) -> None:
             continue
         # A norm of another type may do more than normalise, as timm's with an activation do; weights that are made
         # from others are no parameters.
-        plain = type(norm) in _NORMS and conv._parameters.get("weight") is not None
+        plain = type(norm) in NORMS and conv._parameters.get("weight") is not None
         if plain and not (conv._forward_hooks or "forward" in conv.__dict__ or is_watched(norm)):
             setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
             setattr(module, norm_name, nn.Identity())

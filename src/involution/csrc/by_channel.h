@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "layer.h"
 #include "products.h"
 #include "tasks.h"
 #include "tiles.h"
@@ -156,8 +157,23 @@ struct ByChannel : Alone {
     for (Index chunk = 0; chunk < chunks; ++chunk)
       row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at,
           coming + chunk * count * at.fetched);
+    if (FORWARD && p.after) finish_row(values, outputs.group, count);
     if (FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
+  }
+
+  // What follows the forward pass, on a row of the outputs of a group.
+  void finish_row(Real* values, Index group, Index count) const {
+    constexpr int LANES = lanes_of<Real>(WIDTH);
+    using V = typename Vector<Real, LANES>::type;
+    const auto& after = *static_cast<const Scaled<Real>*>(p.after);
+    for (Index chunk = 0; chunk < chunks; ++chunk)
+      for (Index lane = 0; lane < WIDTH; lane += LANES) {
+        const Index channel = group * p.channels + chunk * WIDTH + lane;
+        const V scale = load<V>(after.scale + channel), shift = load<V>(after.shift + channel);
+        Real* to = values + chunk * y_chunk + lane;
+        for (Index column = 0; column < count; ++column, to += at.y_column) store<V>(to, after(load<V>(to), scale, shift));
+      }
   }
 };
 

@@ -22,6 +22,7 @@
 #include "grad_planes.h"
 #include "grad_span.h"
 #include "grad_x.h"
+#include "layer.h"
 
 namespace {
 
@@ -59,6 +60,33 @@ int with_grad_kernel(const Problem& p, const Body& body) {
 
 int run(const Plan& plan) { return run_plans(plan); }
 
+// A whole layer: features first, as groups share them, then the operator with what follows it.
+template <class Real>
+int run_layer(Problem p, const Layer& layer) {
+  const Index channels = p.groups * p.channels;
+  struct Pieces {
+    Real* start;
+    Scaled<Real> features, outputs;
+  };
+  const auto pieces = [&](Arena& arena) {
+    const auto take = [&](Index count) { return arena.take<Real>(count); };
+    const Index padded = channels + CACHE_LINE;  // the last vector of a group that fills none reads beyond its channels
+    return Pieces{take(p.reduced), {take(p.reduced), take(p.reduced), false}, {take(padded), take(padded), false}};
+  };
+  Arena measure(nullptr);
+  pieces(measure);
+  char* memory = kept<Use::LAYER>().at_least((measure.used() + 4095) & ~Index(4095));
+  if (memory == nullptr) return 1;
+  Arena arena(memory);
+  Pieces s = pieces(arena);
+  for (Index r = 0; r < p.reduced; ++r) s.start[r] = layer.reduce_bias ? static_cast<const Real*>(layer.reduce_bias)[r] : 0;
+  s.features.fold(layer.features, p.reduced);
+  s.outputs.fold(layer.outputs, channels);
+  if (run_plans(Reduce<Real>(p, layer, s.start, s.features))) return 1;
+  p.after = &s.outputs;
+  return with_lanes<Forward, Real, Real>(p, p.channels, p.output, run);
+}
+
 }  // namespace
 
 extern "C" {
@@ -75,6 +103,11 @@ int involution_gradients(const Problem* x, const Problem* kernel) {
   return with_grad_kernel(*kernel, [&](const Plan& plan) {
     return with_dtype<GradX>(*x, x->channels, x->input, [&](const Plan& other) { return run_plans(plan, &other); });
   });
+}
+
+// Fills the features, then y as `involution_forward` does, and does what follows. For float32 and float64.
+int involution_layer(const Problem* p, const Layer* layer) {
+  return p->dtype == FLOAT64 ? run_layer<double>(*p, *layer) : run_layer<float>(*p, *layer);
 }
 
 // Asks for large pages behind fresh memory, of which the first write to each page of 4 KiB would stop for a page fault. A system

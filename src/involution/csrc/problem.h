@@ -23,9 +23,10 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   void *features, *weight, *bias;
   void *grad_features, *grad_weight, *grad_bias;
   void* partial;  // of the gradients of weight and bias: [lot][group, tap][padded(reduced)], then [lot][group, tap]
+  void* after;    // what follows the forward pass, `Scaled` of layer.h; null: nothing
 };
 
-static_assert(sizeof(Problem) == 62 * 8, "cpu.py packs 62 words");
+static_assert(sizeof(Problem) == 63 * 8, "cpu.py packs 63 words");
 
 enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 

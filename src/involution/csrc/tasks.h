@@ -83,7 +83,9 @@ class Kept {
   Index size_ = 0;
 };
 
-inline Kept& kept_scratch() {
+enum class Use { SCRATCH, LAYER };
+template <Use>
+Kept& kept() {
   static thread_local Kept kept;
   return kept;
 }
@@ -143,7 +145,7 @@ inline int run_plans(const Plan& plan, const Plan* other = nullptr) {
   const Index others = other ? other->lots : 0, in_turns = 2 * least(plan.lots, others);
   const Index threads = most(plan.threads, other ? other->threads : 1), bytes = most(plan.scratch, other ? other->scratch : 1);
   if (times(bytes, threads) >= TOO_MUCH) return 1;
-  char* memory = kept_scratch().at_least(bytes * threads);
+  char* memory = kept<Use::SCRATCH>().at_least(bytes * threads);
   if (memory == nullptr) return 1;
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) if (threads > 1)

@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from involution.models.official import backbone
 from involution.models.recompute import recomputed, recomputes
-from involution.nn import Involution2d
+from involution.nn import Involution2d, involve
 from involution.pointwise import PointwiseConv2d, fold_norms, is_watched
 
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -33,7 +33,15 @@ _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class ConvNorms(nn.Sequential):
-    """Layers in turn; each batch norm right behind a convolution can be folded into it."""
+    """Layers in turn; each batch norm right behind a convolution can be folded into it. An involution has a norm and an
+    activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the last layer gives."""
+        layers = iter(self)
+        for layer in layers:
+            x = involve(layer, x, next(layers), next(layers)) if isinstance(layer, Involution2d) else layer(x)
+        return x
 
     def fuse(self) -> Self:
         """Fold the norms into the convolutions; `timm.utils.reparameterize_model` calls this. See `fold_norms`."""
@@ -66,7 +74,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The feature map of the block from that of the one before."""
         y = self.act1(self.bn1(self.conv1(x)))
-        y = self.act2(self.bn2(self.conv2(y)))
+        y = involve(self.conv2, y, self.bn2, self.act2)
         y = self.bn3(self.conv3(y))
         y += self.downsample(x)
         return self.act3(y)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 Ints = Sequence[int]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("10P")  # together `struct Problem` of csrc/problem.h
+_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("11P")  # together `struct Problem` of csrc/problem.h
+# Together, with a norm twice, `struct Layer` of csrc/layer.h.
+_PRODUCT, _SOURCE, _NORM = struct.Struct("3P"), struct.Struct("6q"), struct.Struct("4Pdq")
 _PADDED = 16  # rows of partial sums are whole vectors of any width
 # Lots of partial sums: enough for the threads of a large machine, less where they take much memory. How many never
 # depends on the threads there are, so neither do the bits.
@@ -24,6 +27,20 @@ _LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
 # Smaller ones share the heap with others, which would then take up large pages, too: more memory than they need.
 _LARGE_BYTES = 32 << 20
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
+
+
+class Norm(NamedTuple):
+    """A norm by known statistics, then ReLU: max(0, (value - mean) / sqrt(variance + eps) * weight + bias), by channel.
+
+    None leaves out a part, and so does `relu`.
+    """
+
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+    relu: bool = False
 
 
 def available() -> bool:
@@ -49,6 +66,44 @@ def generated(
     _in_large_pages(out)
     span = (features, _accurate(weight), _accurate(bias))
     _call_generated("involution_forward", x, out, span, (), kernel_size, window)
+
+
+def layer(
+    out: Tensor,
+    x: Tensor,
+    source: Tensor,
+    reduce: tuple[Tensor, Tensor | None],
+    norms: tuple[Norm, Norm],
+    span: tuple[Tensor, Tensor],
+    kernel_size: Ints,
+    *window: Ints,
+) -> None:
+    """Fill `out` with the second norm of `generated`, whose features are the first norm of a product with `source`.
+
+    Args:
+        out: (B, C, *O).
+        x: (B, C, *S).
+        source: (B, sources, *O).
+        reduce: weight (R, sources), with any axes of size one, and bias (R,) of the product.
+        norms: of the features and of `out`.
+        span: weight (G * T, R), with any axes of size one, and bias (G * T,).
+        kernel_size: *K.
+        window: stride, padding and dilation.
+
+    All are float32, or all float64, and all but `out`, `x` and `source` dense.
+    """
+    _in_large_pages(out)
+    (weight, bias), (span_weight, span_bias) = reduce, span
+    reduced = weight.shape[0]
+    features = torch.empty((reduced, source.shape[0], *source.shape[2:]), dtype=x.dtype)
+    sizes, of_source = _layer_sizes(
+        *(x.dtype, x.shape, x.stride(), out.stride(), span_weight.shape[0], tuple(kernel_size), reduced),
+        *(source.shape, source.stride(), *map(tuple, window)),
+    )
+    given = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), span_weight.data_ptr(), span_bias.data_ptr())
+    around = _PRODUCT.pack(source.data_ptr(), weight.data_ptr(), _address(bias)) + of_source
+    around += b"".join(_NORM.pack(*map(_address, norm[:4]), norm.eps, norm.relu) for norm in norms)
+    _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 5), around), x, window)
 
 
 def generated_grad_x(
@@ -116,7 +171,7 @@ def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> Non
 def _problem(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -> bytes:
     _check_alike(x, kernel, y)
     sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
-    return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 7)
+    return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 8)
 
 
 def _call_generated(
@@ -139,9 +194,13 @@ def _call_generated(
         *(x.dtype, x.shape, x.stride(), y.stride(), weight.shape[0] // prod(kernel_size), tuple(kernel_size)),
         *(features.shape, features.stride(), grad_stride, lots, *map(tuple, window)),
     )
-    given = (features.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    given = (features.data_ptr(), weight.data_ptr(), _address(bias))
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
-    _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled),), x, window)
+    _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled, 0),), x, window)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check_alike(a: Tensor, b: Tensor, c: Tensor) -> None:
@@ -203,6 +262,29 @@ def _generated_sizes(
     """The problem with a kernel that is generated from features of shape `features`."""
     span = (features[1], *_lifted(features_stride), *_lifted(grad_features_stride), lots)
     return _sizes(dtype, x, x_stride, y_stride, groups, kernel_size, features[2:], (0,) * 8, span, *window)
+
+
+@lru_cache(maxsize=1024)
+def _layer_sizes(
+    dtype: torch.dtype,
+    x: Ints,
+    x_stride: Ints,
+    y_stride: Ints,
+    taps: int,
+    kernel_size: Ints,
+    reduced: int,
+    source: Ints,
+    source_stride: Ints,
+    *window: Ints,
+) -> tuple[bytes, bytes]:
+    """The problem with a kernel that a whole layer generates, and the layer's source."""
+    batch, sources, *size = source
+    pixels = prod(size)
+    features_stride = (pixels, batch * pixels, *(prod(size[axis + 1 :]) for axis in range(len(size))))
+    features, nothing = (batch, reduced, *size), (0,) * len(source)
+    of_kernel = (taps // prod(kernel_size), kernel_size, features, features_stride, nothing, 0)
+    problem = _generated_sizes(dtype, x, x_stride, y_stride, *of_kernel, *window)
+    return problem, _SOURCE.pack(sources, *_lifted(source_stride))
 
 
 def _sizes(

@@ -79,7 +79,7 @@ def implementations() -> dict[str, str]:
 # Allocation: real and fake tensors come from the same functions, so they cannot disagree.
 
 
-def _allocate(like: Tensor, shape: Ints) -> Tensor:
+def allocate(like: Tensor, shape: Ints) -> Tensor:
     """An empty tensor (B, *channels, *spatial) in the memory format of `like`, which has as many spatial axes.
 
     That is with all of the channels innermost if they are so in `like`, else contiguous.
@@ -94,33 +94,33 @@ def _allocate(like: Tensor, shape: Ints) -> Tensor:
 
 
 def _allocate_forward(x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    return _allocate(x, (*x.shape[:2], *kernel.shape[x.dim() :]))
+    return allocate(x, (*x.shape[:2], *kernel.shape[x.dim() :]))
 
 
 def _allocate_generated(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, *window: Ints) -> Tensor:
-    return _allocate(x, (*x.shape[:2], *features.shape[2:]))
+    return allocate(x, (*x.shape[:2], *features.shape[2:]))
 
 
 def _allocate_generated_grad_x(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor, size: Ints, *window: Ints
 ) -> Tensor:
-    return _allocate(grad, (*grad.shape[:2], *size))
+    return allocate(grad, (*grad.shape[:2], *size))
 
 
 def _allocate_grad_span(
     grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, *window: Ints
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(features, features.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    return allocate(features, features.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
 def _allocate_grad_x(grad: Tensor, kernel: Tensor, size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    return _allocate(grad, (*grad.shape[:2], *size))
+    return allocate(grad, (*grad.shape[:2], *size))
 
 
 def _allocate_grad_kernel(
     grad: Tensor, x: Tensor, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
 ) -> Tensor:
-    return _allocate(x, (x.shape[0], groups, *kernel_size, *grad.shape[2:]))
+    return allocate(x, (x.shape[0], groups, *kernel_size, *grad.shape[2:]))
 
 
 torch.library.register_fake("involution::forward", _allocate_forward, lib=_library)
