@@ -1,10 +1,12 @@
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from involution.cli import main
 from involution.tasks.classification import Classification
@@ -147,11 +149,24 @@ def test_a_checkpoint_is_tested_with_the_settings_of_its_run(at_home, capsys):
     assert "test/accuracy" in capsys.readouterr().out
 
 
-def test_predicting_prints_a_class_a_line(at_home, capsys):
-    assert main(["predict", "--ckpt_path=runs/digits/checkpoints/best.ckpt"]) == 0
-    classes = capsys.readouterr().out.split()
-    assert len(classes) == 500
-    assert set(classes) <= set("0123456789")
+def test_predicting_writes_the_likeliest_classes(at_home, capsys):
+    checkpoint = "--ckpt_path=runs/digits/checkpoints/best.ckpt"
+    assert main(["predict", checkpoint]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "500 images in predictions.json in runs/digits/predictions"
+    entries = json.loads(Path("runs/digits/predictions/predictions.json").read_text())
+    assert [entry["image"] for entry in entries] == [f"{place:05d}" for place in range(500)]
+    for entry in entries:
+        scores = list(entry["classes"].values())
+        assert len(scores) == 5
+        assert set(entry["classes"]) <= set("0123456789")
+        assert scores == sorted(scores, reverse=True)
+    for name in ("one", "seven"):
+        Image.new("RGB", (30, 41), "white").save(f"{name}.png")
+    assert main(["predict", checkpoint, "--images", "seven.png", "one.png"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ["seven", "one"]
+    assert lines[0].count("%") == 5
+    assert last == "2 images in predictions.json in runs/digits/predictions-2"
 
 
 def test_a_fit_resumes_in_a_folder_of_its_own(at_home, capsys):

@@ -6,7 +6,7 @@ On large ones norms and activations wait for memory, which here they need not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.M
     """act(norm(layer(x))) by one call, or None where it takes more than that.
 
     One call serves float32 and float64 on a CPU, the standard generator, batch norms in evaluation mode and ReLU, or
-    none of these two; and only where no derivative is asked for and nothing watches one of the parts.
+    none of these two; and only where no derivative is asked for and nothing watches one of the parts. Compilers see the
+    parts: they do norms and activations along with others, and gain nothing from this (decision 021).
 
     Raises:
         ValueError: if `x` is too small for the window.
@@ -43,14 +44,14 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.M
     inner: dict[str, Any] = generator._modules
     reduce, span = inner["reduce"], inner["span"]
     plain = type(parts["project"]) is nn.Identity and type(reduce) in POINTWISE and generator.is_plain()
-    if not plain or is_watched(layer) or is_watched(reduce):
+    if not plain or any(map(is_watched, (layer, reduce, parts["project"]))):
         return None
-    features_norm, norm_behind = _norm(inner["norm"], inner["act"]), _norm(norm, act)
-    if features_norm is None or norm_behind is None:
+    of_features, behind = _norm(inner["norm"], inner["act"]), _norm(norm, act)
+    if of_features is None or behind is None:
         return None
-    products: Any = [(part._parameters["weight"], part._parameters["bias"]) for part in (reduce, span)]
-    parameters = [*products[0], *products[1], *features_norm[:4], *norm_behind[:4]]
-    tensors = (x, *(p for p in parameters if p is not None))
+    products = [part._parameters[name] for part in (reduce, span) for name in ("weight", "bias")]
+    parameters = [*products, *of_features.tensors, *behind.tensors]
+    tensors = [x, *(p for p in parameters if p is not None)]
     if not unwatched(tensors) or recorded(tensors):
         return None
     shape, dtype, window = x.shape, x.dtype, layer.window
@@ -62,21 +63,30 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.M
     source = pool(layer.centres(x), window.stride)
     if source.shape[2:] != size or x.numel() == 0:
         return None
-    out = allocate(x, (*shape[:2], *size))
+    y = allocate(x, (*shape[:2], *size))
+    eps, relu = (of_features.eps, behind.eps), (of_features.relu, behind.relu)
     settings = (window.kernel_size, window.stride, window.padding, window.dilation)
-    cpu.layer(out, x, source, products[0], (features_norm, norm_behind), products[1], *settings)
-    return out
+    cpu.layer(y, x, source, parameters, eps, relu, *settings)
+    return y
 
 
-def _norm(norm: Any, act: Any) -> cpu.Norm | None:
+class _Norm(NamedTuple):
+    """Mean, variance, weight and bias, or None for each; what is added to the variance; whether ReLU follows."""
+
+    tensors: tuple[Tensor | None, ...]
+    eps: float
+    relu: bool
+
+
+def _norm(norm: Any, act: Any) -> _Norm | None:
     """What a norm and an activation do in evaluation mode; None if it is something else."""
     relu = type(act) is nn.ReLU
     if is_watched(norm) or is_watched(act) or not (relu or type(act) is nn.Identity):
         return None
     if type(norm) is nn.Identity:
-        return cpu.Norm(relu=relu)
-    if type(norm) not in NORMS or norm.training:
+        return _Norm((None,) * 4, 0.0, relu)
+    if type(norm) not in NORMS or norm.training or norm._buffers["running_mean"] is None:
         return None
     statistics, affine = norm._buffers, norm._parameters
-    mean, variance = statistics["running_mean"], statistics["running_var"]
-    return None if mean is None else cpu.Norm(mean, variance, affine["weight"], affine["bias"], norm.eps, relu)
+    tensors = (statistics["running_mean"], statistics["running_var"], affine["weight"], affine["bias"])
+    return _Norm(tensors, norm.eps, relu)

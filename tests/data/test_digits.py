@@ -3,6 +3,9 @@ import hashlib
 import lightning.pytorch
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from involution.data import Digits
 from involution.data.digits import _move, split
@@ -48,6 +51,15 @@ def test_batches(digits):
     assert classes.shape == (100,)
     assert len(digits.train_dataloader()) == 11
     assert sum(len(classes) for _, classes in digits.test_dataloader()) == 500
+
+
+def test_pictures_become_what_the_scans_are(digits):
+    scan, wanted = load_digits().images[7], digits.to_tensor
+    picture = Image.fromarray((255 - 255 / 16 * scan).round().astype("uint8")).resize((200, 200), Image.NEAREST)
+    found = wanted(picture.convert("RGB"))
+    assert found.shape == (1, 16, 16)
+    expected = F.interpolate(torch.tensor(scan / 16)[None, None], (16, 16), mode="bilinear")[0].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
 
 
 def test_training_images_come_in_a_new_order_every_epoch(digits):

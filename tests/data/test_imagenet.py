@@ -1,6 +1,7 @@
 """Images in a folder for each class: what is read, what is refused, and the published recipes."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,11 @@ def test_the_published_recipe_runs(root: Path, capsys: pytest.CaptureFixture[str
     assert rates == pytest.approx([scaled * share for share in (0.25, 0.625, 0.5, 0.5)])
     assert main(["test", "--ckpt_path", "runs/imagenet/rednet26/checkpoints/last.ckpt"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
+    predict = ["predict", "--ckpt_path", "runs/imagenet/rednet26/checkpoints/last.ckpt", "--images", "val/n01 tench"]
+    assert main(predict) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"2  n0\d \w+ [\d.]+%  n0\d \w+ [\d.]+%", told[-2])
+    assert told[-1] == "3 images in predictions.json in runs/imagenet/rednet26/predictions"
     args = ["fit", "--config", "imagenet/rednet26", *small, "--model.options.num_classes=3"]
     assert main(args) == 2
     assert "`model.options.num_classes` must be 2, as in the data; got 3." in capsys.readouterr().err

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from involution.ops import cpu
+
 from ..cases import CASES, DTYPES, LAYOUTS, OPS, Case, run_served
 
 
@@ -30,12 +32,23 @@ def _calls(case: Case, dtype: torch.dtype, layout: str) -> list[partial[torch.Te
     features = LAYOUTS[layout][0](torch.randn(case.batch, 5, *grad.shape[2:]).to(dtype), len(case.size))
     generator = (features, torch.randn(taps, 5).to(dtype), torch.randn(taps).to(dtype))
     settings = (w.kernel_size, w.stride, w.padding, w.dilation)
+    norms = [torch.rand(n).to(dtype) for n in (*(5,) * 4, *(x.shape[1],) * 4)]
+    whole = [torch.randn(5, x.shape[1]).to(dtype), generator[2][:5], *generator[1:], *norms]
     return [
         *(partial(run_served, op, *tensors, w) for op in OPS),
         partial(torch.ops.involution.generated, x, *generator, *settings),
         partial(torch.ops.involution.generated_grad_x, grad, *generator, x.shape[2:], *settings),
         *(partial(_gradient, which, grad, x, *generator[:2], *settings) for which in range(3)),
+        *([partial(_layer, x, grad, whole, settings)] if dtype in (torch.float32, torch.float64) else []),
     ]
+
+
+def _layer(x: torch.Tensor, grad: torch.Tensor, parameters: list[torch.Tensor], settings: Any) -> torch.Tensor:
+    """The outputs that one call fills, of the shape of `grad`, which stands for what features are made from."""
+    out = torch.empty_like(grad)
+    if out.numel():
+        cpu.layer(out, x, grad, parameters, (0.1, 0.2), (True, False), *settings)
+    return out
 
 
 def _gradient(which: int, *arguments: Any) -> torch.Tensor:

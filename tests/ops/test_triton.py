@@ -419,10 +419,13 @@ def test_who_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is the interpreter")
-def test_in_the_interpreter() -> None:
-    """Some of all, which takes a minute or two; `make test-slow` interprets everything."""
-    windows = "(bfloat16 and channels_last) or (more_than_one_tile and float32) or (generated and bfloat16-32)"
-    _interpret("gpu and not slow", "-k", f"{windows} or nan or fault")
+@pytest.mark.parametrize(
+    "some",
+    ["bfloat16 and channels_last", "(more_than_one_tile and float32) or nan or fault", "generated and bfloat16-32"],
+)
+def test_in_the_interpreter(some: str) -> None:
+    """Some of all, half a minute each, so that they share the cores; `make test-slow` interprets everything."""
+    _interpret("gpu and not slow", "-k", some)
 
 
 @pytest.mark.slow

@@ -43,10 +43,12 @@ def test_one_batch_is_learned_by_heart(tmp_path):
     assert module.lr_schedulers().get_last_lr()[0] < 1e-6
 
 
-def test_predicting_gives_classes():
-    classes = small().eval().predict_step((torch.rand(3, 1, 32, 32), torch.zeros(3)), 0)
-    assert classes.shape == (3,)
-    assert classes.dtype == torch.int64
+def test_predicting_gives_probabilities():
+    module, images = small().eval(), torch.rand(3, 1, 32, 32)
+    found = module.predict_step((images, torch.zeros(3)), 0)
+    assert found.shape == (3, 10)
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+    assert torch.equal(found.argmax(1), module(images).argmax(1))
 
 
 def test_the_mirror_has_the_widths_of_its_rednet_and_no_involution():

@@ -80,8 +80,6 @@ class Reduce final : public Plan {
     const Range whole = part(ceil_div(line_, LANES), blocks_, block), pixels = {whole.from * LANES, least(whole.to * LANES, line_)};
     pack_planes(s.source, WIDTH, source_of(line) + pixels.from * layer_.source_stride[4], layer_.source_stride[1],
                 layer_.source_stride[4], pixels.size(), layer_.sources);
-    for (Index channel = 0; channel < layer_.sources; ++channel)
-      for (Index pixel = pixels.size(); pixel < whole.size() * LANES; ++pixel) s.source[channel * WIDTH + pixel] = 0;
     product<Real, LANES>(s.sums, WIDTH, start_ + features.from, static_cast<const Real*>(layer_.reduce) + features.from * layer_.sources,
                          layer_.sources, 1, s.source, WIDTH, features.size(), whole.size(), layer_.sources);
     for (Index feature = features.from; feature < features.to; ++feature) {

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
+from PIL.Image import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms.functional import to_tensor
 
 from involution.data.order import loader
 
@@ -70,6 +72,12 @@ class Digits(LightningDataModule):
         self.train = TensorDataset(images[train], classes[train])
         self.validation = TensorDataset(images[validation], classes[validation])
         self.test = TensorDataset(images[test], classes[test])
+
+    def to_tensor(self, image: Image) -> Tensor:
+        """Any image of a digit, dark on light, as those of the data set, (1, size, size)."""
+        light = to_tensor(image.convert("L"))[None]
+        scan = F.interpolate(light, size=(_SCAN, _SCAN), mode="area")  # coarse, as the scans are
+        return 1 - F.interpolate(scan, size=(self.size, self.size), mode="bilinear", align_corners=False)[0]
 
     def train_dataloader(self) -> DataLoader:
         """The training images in a new order every epoch; an incomplete last batch is left out."""

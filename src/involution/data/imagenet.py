@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -134,6 +135,11 @@ class ImageNet(ItemsModule):
         self.classes, self.num_classes = val.classes, len(val.classes)
         if num_classes and num_classes != self.num_classes:
             raise ValueError(f"`num_classes` must be {self.num_classes}, as in {root}, or left out; got {num_classes}.")
+
+    def to_tensor(self, image: Image) -> Tensor:
+        """Any image as it is measured, (3, size, size)."""
+        tensor: Tensor = self._transforms["val"](image)
+        return tensor
 
     def load(self, split: str) -> Items[Labelled]:
         """The set "train" or "val"."""

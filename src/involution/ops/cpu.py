@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,20 +26,6 @@ _LEAST_LOTS, _MOST_LOTS, _PARTIAL_BYTES = 16, 64, 32 << 20
 # Smaller ones share the heap with others, which would then take up large pages, too: more memory than they need.
 _LARGE_BYTES = 32 << 20
 _SUFFIXES = {"AVX512": "avx512", "AVX2": "avx2"}  # by what torch says the processor can do; anything else: baseline
-
-
-class Norm(NamedTuple):
-    """A norm by known statistics, then ReLU: max(0, (value - mean) / sqrt(variance + eps) * weight + bias), by channel.
-
-    None leaves out a part, and so does `relu`.
-    """
-
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
-    relu: bool = False
 
 
 def available() -> bool:
@@ -72,37 +57,37 @@ def layer(
     out: Tensor,
     x: Tensor,
     source: Tensor,
-    reduce: tuple[Tensor, Tensor | None],
-    norms: tuple[Norm, Norm],
-    span: tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor | None],
+    eps: Sequence[float],
+    relu: Sequence[bool],
     kernel_size: Ints,
     *window: Ints,
 ) -> None:
-    """Fill `out` with the second norm of `generated`, whose features are the first norm of a product with `source`.
+    """Fill `out` with norm(generated(x, norm(product(source)))), each norm by known statistics and followed by ReLU.
 
     Args:
         out: (B, C, *O).
         x: (B, C, *S).
-        source: (B, sources, *O).
-        reduce: weight (R, sources), with any axes of size one, and bias (R,) of the product.
-        norms: of the features and of `out`.
-        span: weight (G * T, R), with any axes of size one, and bias (G * T,).
+        source: (B, Q, *O).
+        parameters: weight (R, Q) and bias (R,) of the product; weight (G * T, R) and bias (G * T,) of the span; mean,
+            variance, weight and bias of the norm of features, each (R,), and of that of `out`, each (C,). None leaves
+            out a part. Axes of size one may follow; all are of the dtype of x, float32 or float64.
+        eps: what the norms add to their variances.
+        relu: whether ReLU follows each of them.
         kernel_size: *K.
         window: stride, padding and dilation.
-
-    All are float32, or all float64, and all but `out`, `x` and `source` dense.
     """
     _in_large_pages(out)
-    (weight, bias), (span_weight, span_bias) = reduce, span
-    reduced = weight.shape[0]
-    features = torch.empty((reduced, source.shape[0], *source.shape[2:]), dtype=x.dtype)
+    weight, span = (_accurate(matrix) for matrix in (parameters[0], parameters[2]) if matrix is not None)
+    features = torch.empty((weight.shape[0], source.shape[0], *source.shape[2:]), dtype=x.dtype)
     sizes, of_source = _layer_sizes(
-        *(x.dtype, x.shape, x.stride(), out.stride(), span_weight.shape[0], tuple(kernel_size), reduced),
+        *(x.dtype, x.shape, x.stride(), out.stride(), span.shape[0], tuple(kernel_size), weight.shape[0]),
         *(source.shape, source.stride(), *map(tuple, window)),
     )
-    given = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), span_weight.data_ptr(), span_bias.data_ptr())
-    around = _PRODUCT.pack(source.data_ptr(), weight.data_ptr(), _address(bias)) + of_source
-    around += b"".join(_NORM.pack(*map(_address, norm[:4]), norm.eps, norm.relu) for norm in norms)
+    _, bias, _, span_bias, *norms = map(_address, parameters)
+    given = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), span.data_ptr(), span_bias)
+    around = _PRODUCT.pack(source.data_ptr(), weight.data_ptr(), bias) + of_source
+    around += _NORM.pack(*norms[:4], eps[0], relu[0]) + _NORM.pack(*norms[4:], eps[1], relu[1])
     _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 5), around), x, window)
 
 

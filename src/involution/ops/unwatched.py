@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 
@@ -33,7 +34,7 @@ _DENSE = frozenset((_bits("CPU", "AutogradCPU", "ADInplaceOrView", "AutocastCPU"
 _ALONE = frozenset((_bits("BackendSelect", "ADInplaceOrView"), _bits("BackendSelect")))
 
 
-def unwatched(tensors: tuple[Tensor, ...]) -> bool:
+def unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing would notice how an op on `tensors` is called.
 
     They are dense and on a CPU, and no mode, transform, autocast, compiler or profiler is on.
@@ -50,7 +51,7 @@ def autocast_enabled(device: str) -> bool:
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
-def recorded(tensors: tuple[Tensor, ...]) -> bool:
+def recorded(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd would record an op on `tensors`: not within `torch.inference_mode`, whatever else is enabled."""
     if not torch.is_grad_enabled() or _excluded(torch._C.DispatchKey.AutogradFunctionality):
         return False

@@ -34,7 +34,8 @@ class Classification(Task):
         cutmix: alpha of the pasting of images into one another; 0: none. Steps choose by chance, where both are asked.
         training: how it is trained; see `Task`.
 
-    Shapes: forward maps images (B, in_chans, H, W) to logits (B, num_classes); predicting gives classes, (B,).
+    Shapes: forward maps images (B, in_chans, H, W) to logits (B, num_classes); predicting gives
+        probabilities of the same shape.
 
     Raises:
         ValueError: if a setting is out of range, or the network or one of its options is unknown.
@@ -83,9 +84,9 @@ class Classification(Task):
         if len(batch[1]):  # none, if all were bad and left out
             self._step(stage, batch)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The likeliest class of each image, (B,)."""
-        return self(batch[0]).argmax(dim=1)
+    def predict_step(self, batch: tuple[Tensor, Any], index: int) -> Tensor:
+        """How likely each image is of each class, (B, num_classes)."""
+        return self(batch[0]).float().softmax(dim=1)
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, classes = batch

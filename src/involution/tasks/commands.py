@@ -170,11 +170,14 @@ class Command(LightningCLI):
                 )
             self._checkpoint = None  # Lightning reads it again
         if self._command == "predict" and self.config["predict"]["images"]:
-            if self._classes is None:
-                raise ValueError("`images` are for detection and segmentation; leave it out.")
             from involution.tasks.predict import Pictures
 
-            self._pictures = Pictures([Path(path) for path in self.config["predict"]["images"]])
+            to_tensor = None
+            if self._classes is None:
+                to_tensor = getattr(self.datamodule, "to_tensor", None)
+                if to_tensor is None:
+                    raise ValueError(f"`images` cannot be made into those of `dataset` {self._dataset}; leave it out.")
+            self._pictures = Pictures([Path(path) for path in self.config["predict"]["images"]], to_tensor)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing yet: Lightning would run on construction, where mistakes of the user cannot be told from bugs."""
@@ -228,23 +231,26 @@ class Command(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
-        """Write the class of every image, a line each; or draw what was found in each, and tell where that is."""
-        if self._classes is None:
-            for classes in self.trainer.predict(**kwargs):
-                print(*classes.tolist(), sep="\n")
-            return
+        """Write the classes of each image, or draw what was found in it, and tell where that is."""
         from involution.tasks import predict
 
-        settings, pictures = self.config["predict"], self._pictures
-        labels = getattr(self.datamodule, self._classes)
-        numbers = getattr(self.datamodule, "category_ids", range(1, len(labels) + 1))
-        folder = _free(Path(settings["folder"]) / "predictions")
-        writer = predict.Writer(folder, labels, numbers, settings["least"], pictures.names if pictures else ())
+        settings, pictures, data = self.config["predict"], self._pictures, self.datamodule
+        folder, names = _free(Path(settings["folder"]) / "predictions"), pictures.names if pictures else ()
+        if self._classes is None:
+            labels = getattr(data, "classes", None) or list(map(str, range(data.num_classes)))
+            writer: Any = predict.Classes(folder, labels, names)
+        else:
+            labels = getattr(data, self._classes)
+            numbers = getattr(data, "category_ids", range(1, len(labels) + 1))
+            writer = predict.Drawings(folder, labels, numbers, settings["least"], names)
         self.trainer.callbacks.append(writer)
         if pictures:
-            kwargs = {**kwargs, "datamodule": None, "dataloaders": predict.loader(pictures)}
+            kwargs = {**kwargs, "datamodule": None, "dataloaders": predict.loader(pictures, self._classes is None)}
         self.trainer.predict(**{**kwargs, "return_predictions": False})
-        print(f"{writer.count} pictures and predictions.json in {folder}")
+        if pictures and self._classes is None:
+            for entry in writer.entries:
+                print(entry["image"], *(f"{name} {score:.1%}" for name, score in entry["classes"].items()), sep="  ")
+        print(f"{writer.count} {writer.what} in {folder}")
 
 
 def _kinds(args: Sequence[str]) -> tuple[str, str]:

@@ -1,15 +1,16 @@
-"""Predictions for people and programs: pictures with boxes, masks or maps drawn, and what was found as JSON."""
+"""Predictions for people and programs: classes, or pictures with boxes, masks or maps drawn, and all as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL.Image import Image
 from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from involution.data.items import Batch, Item, Items, lists, open_image
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_LIKELIEST = 5  # classes of an image that are written down
 _ALPHA = 0.5  # of what is drawn over an image
 _READABLE = 384  # pixels of the longer side, at least
 _COLOURS = [
@@ -33,6 +35,7 @@ class Pictures(Items[Item]):
 
     Args:
         paths: of images, or of folders of images.
+        to_tensor: from an image of Pillow to what a network takes. Default: (3, H, W), from 0 to 1.
 
     Raises:
         ValueError: if a path does not exist, or there is no image.
@@ -40,8 +43,9 @@ class Pictures(Items[Item]):
 
     hint = ""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], to_tensor: Callable[[Image], Tensor] | None = None) -> None:
         super().__init__(skip_bad=False)
+        self._to_tensor = to_tensor or _to_tensor
         self.files: list[Path] = []
         for path in paths:
             if not path.exists():
@@ -59,19 +63,72 @@ class Pictures(Items[Item]):
 
     def read(self, index: int) -> Item:
         """An image, and no target."""
-        return F.to_image(open_image(self.files[index])).as_subclass(Tensor).float() / 255, {}
+        return self._to_tensor(open_image(self.files[index])), {}
+
+
+def _to_tensor(image: Image) -> Tensor:
+    return F.to_image(image).as_subclass(Tensor).float() / 255
 
 
 def _twice(names: Sequence[str]) -> str:
     return next(name for name in names if names.count(name) > 1)
 
 
-def loader(pictures: Items) -> DataLoader[Item | None]:
-    """The pictures one by one, as they differ in size."""
-    return DataLoader(pictures, batch_size=1, collate_fn=lists)
+def loader(pictures: Items, alike: bool) -> DataLoader[Item | None]:
+    """The pictures one by one, as they may differ in size: in a tensor if they are `alike`, else in a list."""
+    return DataLoader(pictures, batch_size=1, collate_fn=None if alike else lists)
 
 
-class Writer(BasePredictionWriter):
+class _Writer(BasePredictionWriter):
+    """Writes down at the end what was found in each image, and before that if something goes wrong."""
+
+    what: str  # it writes of each image
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        super().__init__(write_interval="batch")
+        self._folder, self._names = folder, names
+        self.entries: list[dict[str, Any]] = []
+        self.count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _next_name(self) -> str:
+        """That of the image whose turn it is."""
+        self.count += 1
+        return self._names[self.count - 1] if self._names else f"{self.count - 1:05d}"
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Write down what was found before something went wrong."""
+        self.on_predict_end(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write down what was found."""
+        (self._folder / "predictions.json").write_text(json.dumps(self.entries, indent=1) + "\n")
+
+
+class Classes(_Writer):
+    """Writes down the likeliest classes of each image.
+
+    Args:
+        folder: where predictions.json goes.
+        classes: their names.
+        names: of the images, in their order. Default: their places.
+    """
+
+    what = "images in predictions.json"
+
+    def __init__(self, folder: Path, classes: Sequence[str], names: Sequence[str] = ()) -> None:
+        super().__init__(folder, names)
+        self._classes = classes
+
+    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *_: Any) -> None:
+        """Remember the images of one batch."""
+        best = prediction.cpu().topk(min(_LIKELIEST, len(self._classes)))
+        for scores, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            found = {self._classes[number]: round(score, 4) for number, score in zip(numbers, scores, strict=True)}
+            self.entries.append({"image": self._next_name(), "classes": found})
+
+
+class Drawings(_Writer):
     """Draws what was found in each image, batch by batch, and at the end writes it down.
 
     Small images with detections are drawn several times as large, for the labels to fit.
@@ -86,6 +143,8 @@ class Writer(BasePredictionWriter):
         names: of the images, in their order. Default: the number that COCO has for each, else their place.
     """
 
+    what = "pictures and predictions.json"
+
     def __init__(
         self,
         folder: Path,
@@ -94,43 +153,30 @@ class Writer(BasePredictionWriter):
         least: float,
         names: Sequence[str] = (),
     ) -> None:
-        super().__init__(write_interval="batch")
-        self._folder, self._classes, self._numbers, self._least = folder, classes, category_ids, least
-        self._names = names
-        self._entries: list[dict[str, Any]] = []
-        self.count = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, names)
+        self._classes, self._numbers, self._least = classes, category_ids, least
 
     def write_on_batch_end(
         self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Batch, *_: int
     ) -> None:
         """Draw and remember the images of one batch."""
         for found, image, target in zip(prediction, *batch, strict=True):
-            name: int | str = int(target["image_id"]) if "image_id" in target else f"{self.count:05d}"
-            if self._names:
-                name = self._names[self.count]
+            name: int | str = self._next_name()
+            if "image_id" in target:
+                name = int(target["image_id"])
             self._write(found, (image.cpu() * 255).round().byte(), name)
-            self.count += 1
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Write down what was found before something went wrong."""
-        self.on_predict_end(trainer, pl_module)
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write down what was found."""
-        (self._folder / "predictions.json").write_text(json.dumps(self._entries, indent=1) + "\n")
 
     def _write(self, found: dict[str, Tensor] | Tensor, picture: Tensor, name: int | str) -> None:
         if isinstance(found, Tensor):
             found = found.cpu()
             counts = torch.bincount(found.flatten(), minlength=len(self._classes)).tolist()
             pixels = {label: count for label, count in zip(self._classes, counts, strict=True) if count}
-            self._entries.append({"image": name, "map": f"{name}_map.png", "pixels": pixels})
+            self.entries.append({"image": name, "map": f"{name}_map.png", "pixels": pixels})
             F.to_pil_image(found.byte()[None]).save(self._folder / f"{name}_map.png")
             picture = _draw_map(picture, found)
         else:
             found = {key: value.cpu() for key, value in found.items()}
-            self._entries += _entries(found, name, self._numbers)
+            self.entries += _entries(found, name, self._numbers)
             picture = _draw_detections(picture, found, self._classes, self._least)
         F.to_pil_image(picture).save(self._folder / f"{name}.png")
 
