@@ -12,7 +12,7 @@ from signal import SIGINT, SIGTERM, Signals
 from textwrap import wrap
 from typing import Any
 
-from involution.names import unknown
+from involution.names import mistaken, unknown
 from involution.recipes import recipe, recipes
 
 _DEFAULT_RECIPE = "digits"
@@ -78,8 +78,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
         return _refuse(f"{_NEEDS.get(args[0], 'training')} needs more packages: pip install 'involution[train]'")
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except KeyboardInterrupt:
         return _ended(SIGINT)
     try:
@@ -138,7 +140,7 @@ def _call(command: str, *args: str) -> None:
     try:
         auto_cli(_FUNCTIONS[command](), args=list(args), prog=f"involution {command}", exit_on_error=False)
     except ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(mistaken(str(error))) from None
 
 
 def _bench() -> Any:

@@ -1,10 +1,11 @@
 import csv
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
-from involution import cost
+from involution import Involution2d, cost
 from involution.analysis import bench_model, bench_op, bench_variants, contenders, memory, problem, record
 from involution.cli import main
 
@@ -130,6 +131,7 @@ def test_networks_are_recorded_with_their_mirror(tmp_path, capsys):
         "resnet26": "resnet26",
         "resnet26 (matrix products)": "resnet26",
         "rednet26 (kernels stored)": "rednet26",
+        "rednet26 (no involutions)": "rednet26",
         "rednet26 (unfold formula)": "rednet26",
     }
     inference = training | {f"{name} (norms folded)": "resnet26" for name in ("rednet26", "resnet26")}
@@ -139,6 +141,17 @@ def test_networks_are_recorded_with_their_mirror(tmp_path, capsys):
         found = {row.contender: row.base for row in rows if (row.direction, row.shape) == (direction, shape)}
         assert found == (inference if direction == "inference" else training)
     assert "| rednet26 / resnet26 " in capsys.readouterr().out
+
+
+def test_what_remains_without_involutions_has_their_shapes():
+    network = timm.create_model("rednet26", num_classes=3, base_width=16, stem_width=32)
+    layers = sum(p.numel() for m in network.modules() if isinstance(m, Involution2d) for p in m.parameters())
+    parameters = sum(p.numel() for p in network.parameters())
+    x = torch.randn(2, 3, 49, 65)
+    features = network.forward_features(x)
+    remaining = contenders.without_involutions(network)
+    assert remaining.forward_features(x).shape == features.shape
+    assert sum(p.numel() for p in remaining.parameters()) == parameters - layers > 0
 
 
 def test_a_network_unlike_its_formula_is_not_timed(monkeypatch, untimed, tmp_path):

@@ -21,11 +21,12 @@ from involution.names import unknown
 
 Direction = Literal["inference", "inference compiled", "training step"]
 
-_FORMULA, _PRODUCTS, _STORED, _FOLDED = (
+_FORMULA, _PRODUCTS, _STORED, _FOLDED, _WITHOUT = (
     " (unfold formula)",
     " (matrix products)",
     " (kernels stored)",
     " (norms folded)",
+    " (no involutions)",
 )
 _LEFT_OUT: dict[str, tuple[str, ...]] = {
     "inference": (),
@@ -48,7 +49,8 @@ def model(
     """Time RedNets against the ResNets they mirror, and against themselves on the unfold formula.
 
     The ResNets are timm's, and once more with 1x1 convolutions done as matrix products, as RedNet does them. RedNet is
-    timed once more with layers that store their kernels. Both are timed once more with their norms folded into the
+    timed once more with layers that store their kernels, and with nothing in place of its involutions: what it takes
+    then bounds what a faster operator could gain. Both are timed once more with their norms folded into the
     convolutions before them; compilers do that by themselves, so this is for eager inference.
 
     Args:
@@ -73,7 +75,8 @@ def model(
     for arch in archs:
         torch.manual_seed(0)
         mirror = f"resnet{arch.removeprefix('rednet')}"
-        bases = {arch: mirror, mirror: mirror, mirror + _PRODUCTS: mirror, arch + _STORED: arch}
+        bases = {arch: mirror, mirror: mirror, mirror + _PRODUCTS: mirror}
+        bases |= {arch + _STORED: arch, arch + _WITHOUT: arch}
         bases |= {name + _FOLDED: mirror for name in (arch, mirror)}
         if unfold:
             bases[arch + _FORMULA] = arch
@@ -112,6 +115,8 @@ def _network(name: str) -> nn.Module:
         network = mirrored_resnet(int(arch.removeprefix("resnet")))
     if name.endswith(_FORMULA):
         network = contenders.with_unfold(network)
+    if name.endswith(_WITHOUT):
+        network = contenders.without_involutions(network)
     if name.endswith(_PRODUCTS):
         network = contenders.with_matrix_products(network)
     if name.endswith(_FOLDED):

@@ -140,6 +140,19 @@ def with_folded_norms(network: nn.Module) -> nn.Module:
     return reparameterize_model(network) if isinstance(network, RedNet) else fuse(network)
 
 
+def without_involutions(network: nn.Module) -> nn.Module:
+    """`network` with a pool of the same stride, or nothing, for every `Involution2d`, changed in place.
+
+    What it takes is what no operator could save, were it infinitely fast.
+    """
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Involution2d):
+                step = child.window.stride[0]
+                setattr(module, name, nn.AvgPool2d(step, ceil_mode=True) if step > 1 else nn.Identity())
+    return network
+
+
 def with_unfold(network: nn.Module) -> nn.Module:
     """`network` with every `Involution2d` on the unfold formula, changed in place."""
     for module in list(network.modules()):

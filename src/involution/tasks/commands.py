@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from involution.names import unknown
+from involution.names import mistaken, unknown
 from involution.tasks.progress import Pace, Progress
 from involution.tasks.saves import Log, Saves, WholeFiles, newest
 from involution.tasks.task import Task
@@ -124,7 +124,7 @@ class Command(LightningCLI):
     def _explain(self, message: str) -> str:
         found = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
         if found is None:
-            return message
+            return mistaken(message)
         known = self._subcommand_parsers[self._command].get_defaults().keys()
         return unknown("setting", found[1] or found[2], known) + f" (`involution {self._command} --help` lists all)"
 
