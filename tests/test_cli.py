@@ -158,9 +158,9 @@ def test_predicting_writes_the_likeliest_classes(at_home, capsys):
     entries = json.loads(Path("runs/digits/predictions/predictions.json").read_text())
     assert [entry["image"] for entry in entries] == [f"{place:05d}" for place in range(500)]
     for entry in entries:
-        scores = list(entry["classes"].values())
+        scores = [found["probability"] for found in entry["classes"]]
         assert len(scores) == 5
-        assert set(entry["classes"]) <= set("0123456789")
+        assert {found["class"] for found in entry["classes"]} <= set("0123456789")
         assert scores == sorted(scores, reverse=True)
     for name in ("one", "seven"):
         Image.new("RGB", (30, 41), "white").save(f"{name}.png")
@@ -169,6 +169,8 @@ def test_predicting_writes_the_likeliest_classes(at_home, capsys):
     assert [line.split()[0] for line in lines] == ["seven", "one"]
     assert lines[0].count("%") == 5
     assert last == "2 images in predictions.json in runs/digits/predictions-2"
+    told = mistake(capsys, "predict", checkpoint, "--trainer.devices", "2", "--trainer.accelerator", "cpu")
+    assert "`predict` runs in one process; give --trainer.devices 1" in told
 
 
 def test_a_fit_resumes_in_a_folder_of_its_own(at_home, capsys):

@@ -6,6 +6,7 @@ On large ones norms and activations wait for memory, which here they need not.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,27 +39,31 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.M
         return None
     # What lies in a module is taken from its dictionaries: to ask for an attribute takes ten times as long.
     parts: dict[str, Any] = layer._modules
-    generator = parts.get("generator")
-    if type(generator) is not BottleneckGenerator or not layer.fused or not cpu.available():
+    generator, dtype, shape = parts.get("generator"), x.dtype, x.shape
+    if type(generator) is not BottleneckGenerator or dtype not in _DTYPES or not layer.fused or not cpu.available():
         return None
     inner: dict[str, Any] = generator._modules
-    reduce, span = inner["reduce"], inner["span"]
-    plain = type(parts["project"]) is nn.Identity and type(reduce) in POINTWISE and generator.is_plain()
-    if not plain or any(map(is_watched, (layer, reduce, parts["project"]))):
+    reduce, span = _product(inner.get("reduce")), _product(inner.get("span"))
+    if reduce is None or span is None or recorded((x, span[0])) or not generator.is_plain():
         return None
-    of_features, behind = _norm(inner["norm"], inner["act"]), _norm(norm, act)
-    if of_features is None or behind is None:
+    replaced = "features" in generator.__dict__ or "_involve" in layer.__dict__ or "centres" in layer.__dict__
+    project = parts.get("project")
+    if replaced or type(project) is not nn.Identity or is_watched(project) or is_watched(layer):
         return None
-    products = [part._parameters[name] for part in (reduce, span) for name in ("weight", "bias")]
-    parameters = [*products, *of_features.tensors, *behind.tensors]
-    tensors = [x, *(p for p in parameters if p is not None)]
+    of_features = _norm(inner.get("norm"), inner.get("act"), layer.rank)
+    behind = _norm(norm, act, layer.rank)
+    if of_features is None or behind is None or len(shape) != layer.rank + 2 or shape[1] != layer.channels:
+        return None
+    channels, reduced, taps = layer.channels, reduce[0].shape[0], layer.groups * prod(layer.window.kernel_size)
+    sizes = (reduced * channels, reduced, taps * reduced, taps, *(reduced,) * 4, *(channels,) * 4)
+    parameters = (*reduce, *span, *of_features.tensors, *behind.tensors)
+    given = [(t, size) for t, size in zip(parameters, sizes, strict=True) if t is not None]
+    if not all(t.numel() == size and t.dtype is dtype and t.is_contiguous() for t, size in given):
+        return None  # where sizes do not fit, the parts say so
+    tensors = [x, *(t for t, _ in given)]
     if not unwatched(tensors) or recorded(tensors):
         return None
-    shape, dtype, window = x.shape, x.dtype, layer.window
-    if len(shape) != layer.rank + 2 or shape[1] != layer.channels or dtype not in _DTYPES:
-        return None
-    if not all(t.dtype is dtype and t.is_contiguous() for t in tensors[1:]):
-        return None
+    window = layer.window
     size = window.output_size(shape[2:])
     source = pool(layer.centres(x), window.stride)
     if source.shape[2:] != size or x.numel() == 0:
@@ -70,6 +75,15 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.M
     return y
 
 
+def _product(conv: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a 1x1 convolution of ours that nobody watches; None if it is something else."""
+    if type(conv) not in POINTWISE or is_watched(conv) or max(conv.stride) > 1:
+        return None
+    entries = conv._parameters  # from which tools may take what they put elsewhere
+    weight = entries.get("weight")
+    return None if weight is None or "bias" not in entries else (weight, entries["bias"])
+
+
 class _Norm(NamedTuple):
     """Mean, variance, weight and bias, or None for each; what is added to the variance; whether ReLU follows."""
 
@@ -78,15 +92,16 @@ class _Norm(NamedTuple):
     relu: bool
 
 
-def _norm(norm: Any, act: Any) -> _Norm | None:
+def _norm(norm: Any, act: Any, rank: int) -> _Norm | None:
     """What a norm and an activation do in evaluation mode; None if it is something else."""
     relu = type(act) is nn.ReLU
-    if is_watched(norm) or is_watched(act) or not (relu or type(act) is nn.Identity):
+    if not (relu or type(act) is nn.Identity) or is_watched(act):
         return None
     if type(norm) is nn.Identity:
-        return _Norm((None,) * 4, 0.0, relu)
-    if type(norm) not in NORMS or norm.training or norm._buffers["running_mean"] is None:
+        return None if is_watched(norm) else _Norm((None,) * 4, 0.0, relu)
+    if type(norm) not in (NORMS[rank - 1], nn.SyncBatchNorm) or norm.training or is_watched(norm):
         return None
-    statistics, affine = norm._buffers, norm._parameters
-    tensors = (statistics["running_mean"], statistics["running_var"], affine["weight"], affine["bias"])
-    return _Norm(tensors, norm.eps, relu)
+    entries = norm._buffers | norm._parameters
+    if entries.get("running_mean") is None or not entries.keys() >= {"running_var", "weight", "bias"}:
+        return None
+    return _Norm((entries["running_mean"], entries["running_var"], entries["weight"], entries["bias"]), norm.eps, relu)

@@ -127,6 +127,8 @@ def test_the_published_recipe_runs(root: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"2  n0\d \w+ [\d.]+%  n0\d \w+ [\d.]+%", told[-2])
     assert told[-1] == "3 images in predictions.json in runs/imagenet/rednet26/predictions"
+    assert main([*predict[:3], "--data.skip_bad", "true"]) == 2
+    assert "`data.skip_bad` would leave images out" in capsys.readouterr().err
     args = ["fit", "--config", "imagenet/rednet26", *small, "--model.options.num_classes=3"]
     assert main(args) == 2
     assert "`model.options.num_classes` must be 2, as in the data; got 3." in capsys.readouterr().err

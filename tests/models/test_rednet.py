@@ -21,6 +21,7 @@ from involution.models import RedNet, mirrored_resnet
 from involution.models.recompute import recomputes
 from involution.models.rednet import Bottleneck
 from involution.nn import Involution2d
+from involution.ops import cpu
 
 SLIM = {"base_width": 16, "stem_width": 32, "num_classes": 10}
 REDUCTIONS = {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}
@@ -664,3 +665,31 @@ def test_mirror_errors() -> None:
         mirrored_resnet(18)
     with pytest.raises(ValueError, match=r"`stem_width` must be even; got 33\."):
         mirrored_resnet(26, stem_width=33)
+
+
+@torch.no_grad()
+def test_parts_of_the_stem_run_without_what_follows() -> None:
+    stem, x = (
+        timm.create_model("rednet26", base_width=16, stem_width=32, num_classes=3).eval().stem,
+        torch.randn(1, 3, 33, 35),
+    )
+    for count in range(1, len(stem) + 1):
+        expected = x
+        for layer in stem[:count].children():
+            expected = layer(expected)
+        torch.testing.assert_close(stem[:count](x), expected)
+
+
+def test_a_network_infers_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, filled = (
+        timm.create_model("rednet26", base_width=16, stem_width=32, num_classes=3).eval(),
+        torch.randn(2, 3, 65, 47),
+        [],
+    )
+    original = cpu.layer
+    monkeypatch.setattr(cpu, "layer", lambda out, *rest: filled.append(out.shape) or original(out, *rest))
+    expected = model(x)  # with derivatives, and so part by part
+    assert not filled
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(filled) == sum(isinstance(m, Involution2d) for m in model.modules())

@@ -13,6 +13,7 @@ from torch.profiler import profile
 from involution import Involution1d, Involution2d, Involution3d, inference
 from involution.nn import involve
 from involution.ops import cpu, reference
+from involution.pointwise import PointwiseConv2d
 
 from ..cases import CASES, LAYOUTS, Case
 
@@ -77,11 +78,8 @@ def test_one_call_is_the_parts_in_turn(dtype: torch.dtype, layout: str, calls: l
         if number % 3 == 0:
             layer.generator.fuse()  # a bias in place of the norm
         rank, channels = len(case.size), layer.channels
-        behind = [
-            _drawn(_NORMS[rank - 1](channels, affine=number % 2 == 0)).double(),
-            (nn.ReLU, nn.Identity)[number % 2](),
-        ]
-        behind = behind if number % 4 else [nn.Identity(), nn.Identity()]
+        affine, plain = _drawn(_NORMS[rank - 1](channels)), _drawn(_NORMS[rank - 1](channels, affine=False))
+        behind = [(affine, plain, nn.Identity())[number % 3].double(), (nn.ReLU, nn.Identity)[number // 3 % 2]()]
         x = LAYOUTS[layout][0](case.tensors(torch.float64)[0], rank)
         alone, followed = _expected(layer, x), _expected(layer, x, *behind)
         layer, x = layer.to(dtype), LAYOUTS[layout][0](x.to(dtype), rank)
@@ -93,6 +91,17 @@ def test_one_call_is_the_parts_in_turn(dtype: torch.dtype, layout: str, calls: l
         torch.testing.assert_close(got.double(), followed, **close, msg=lambda text, c=case: f"{c}: {text}")
         assert got.stride() == layer._involve(x).stride(), case
         assert len(calls) - before == (2 if x.numel() else 0), case
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "rows apart"])
+@torch.no_grad()
+def test_features_of_many_blocks(layout: str, calls: list[torch.Size]) -> None:
+    """Blocks of all pixels, of those of an image, and of those of a row."""
+    layer, wide = _drawn(Involution2d(32, 3)).double(), torch.randn(2, 32, 9, 300, dtype=torch.float64)
+    x = {"contiguous": wide[..., :150].contiguous(), "rows apart": wide[..., :150]}.get(layout)
+    x = wide[..., :150].contiguous(memory_format=torch.channels_last) if x is None else x
+    torch.testing.assert_close(layer(x), _expected(layer, x), rtol=1e-10, atol=1e-10)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 14, 56])
@@ -182,6 +191,73 @@ _NOTICED_BEHIND: dict[str, Callable[[Any], object]] = {
     "another activation behind": _replaced("act", nn.GELU()),
     "another norm behind": _replaced("norm", nn.GroupNorm(4, 32)),
 }
+
+
+class _Twice(Involution2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 2 * super().forward(x)
+        return y
+
+
+def _as_twice(net: _Net) -> None:
+    net.layer.__class__ = _Twice
+
+
+def _weight_put_elsewhere(net: _Net) -> None:
+    span = net.layer.generator.span
+    weight = span.weight.detach().clone()
+    del span.weight
+    span.weight = weight
+
+
+_UNUSUAL: dict[str, Callable[[Any], object]] = {
+    "a subclass": _as_twice,
+    "a method of its own": lambda net: setattr(net.layer, "_involve", lambda x: 3 * x),
+    "features of its own": lambda net: setattr(net.layer.generator, "features", lambda x: x[:, :8] ** 2),
+    "a weight that is no parameter": _weight_put_elsewhere,
+    "a function for an activation": lambda net: (
+        delattr(net.layer.generator, "act"),
+        setattr(net.layer.generator, "act", torch.relu),
+    ),
+    "a function behind it": lambda net: (delattr(net, "act"), setattr(net, "act", torch.relu)),
+}
+_MISFITS: dict[str, Callable[[Any], object]] = {
+    "a norm of one channel behind": _replaced("norm", nn.BatchNorm2d(1).eval()),
+    "a norm of fewer channels behind": _replaced("norm", nn.BatchNorm2d(8).eval()),
+    "a norm of fewer channels": _replaced("layer.generator.norm", nn.BatchNorm2d(4).eval()),
+    "a norm of another rank": _replaced("layer.generator.norm", nn.BatchNorm1d(8).eval()),
+    "a reduce from more channels": _replaced("layer.generator.reduce", PointwiseConv2d(64, 8)),
+    "a reduce from fewer channels": _replaced("layer.generator.reduce", PointwiseConv2d(16, 8)),
+    "a reduce that strides": _replaced("layer.generator.reduce", PointwiseConv2d(32, 8, stride=2)),
+    "a span from fewer features": _replaced("layer.generator.span", PointwiseConv2d(4, 18)),
+    "a span to more groups": _replaced("layer.generator.span", PointwiseConv2d(8, 45)),
+    "a span to part of a group": _replaced("layer.generator.span", PointwiseConv2d(8, 20)),
+    "a span to part of a window": _replaced("layer.generator.span", PointwiseConv2d(8, 5)),
+    "a short bias": lambda net: setattr(net.layer.generator.span, "bias", nn.Parameter(torch.zeros(1))),
+}
+
+
+@pytest.mark.parametrize("change", _UNUSUAL.values(), ids=_UNUSUAL)
+@torch.no_grad()
+def test_the_unusual_is_what_it_is_part_by_part(change: Callable[[Any], object]) -> None:
+    net, x = _net(), torch.randn(2, 32, 7, 6)
+    change(net)
+    parts = Involution2d._involve(net.layer, x) if "_involve" not in net.layer.__dict__ else net.layer._involve(x)
+    expected = net.act(net.norm(2 * parts if type(net.layer) is _Twice else parts))
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", _MISFITS.values(), ids=_MISFITS)
+@torch.no_grad()
+def test_sizes_that_do_not_fit_are_refused_by_the_parts(
+    change: Callable[[Any], object], calls: list[torch.Size]
+) -> None:
+    net, x = _net(), torch.randn(2, 32, 7, 6)
+    change(net)
+    with pytest.raises((RuntimeError, ValueError)):
+        net(x)
+    behind = net.norm.num_features != 32
+    assert len(calls) == behind  # the layer alone is as it should be
 
 
 def _net() -> _Net:

@@ -1,7 +1,7 @@
 // Involution on a CPU: the forward pass and both gradients, any strides, one to three spatial axes (lifted to three).
 //
 // It is compiled once for each instruction set, with VECTOR_BYTES the width of its registers; Python picks the
-// library to load. Nothing of Python or torch is included: the interface is one struct of 64-bit integers.
+// library to load. Nothing of Python or torch is included: the interface is two structs of 64-bit words.
 //
 // The plan of all ops. A task is a block of rows (and columns) of one image. The rows the block needs are packed into a
 // scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
@@ -83,7 +83,7 @@ int run_layer(Problem p, const Layer& layer) {
   s.features.fold(layer.features, p.reduced);
   s.outputs.fold(layer.outputs, channels);
   if (run_plans(Reduce<Real>(p, layer, s.start, s.features))) return 1;
-  p.after = &s.outputs;
+  if (layer.outputs.mean || layer.outputs.relu) p.after = &s.outputs;
   return with_lanes<Forward, Real, Real>(p, p.channels, p.output, run);
 }
 

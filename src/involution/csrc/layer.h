@@ -60,9 +60,9 @@ class Reduce final : public Plan {
       : Plan(threads_for(problem, layer)), p_(problem), layer_(layer), start_(start), norm_(norm) {
     const Index *size = p_.output, *step = layer.source_stride, row = size[2] * step[4], depth = size[1] * row;
     pixels_ = p_.batch * size[0] * size[1] * size[2];
-    const bool one_line = (size[1] == 1 || step[3] == row) && (size[0] == 1 || step[2] == depth) &&
-                          (p_.batch == 1 || step[0] == size[0] * depth);
-    line_ = one_line ? pixels_ : size[2];
+    const bool rows = (size[1] == 1 || step[3] == row) && (size[0] == 1 || step[2] == depth);  // follow one another
+    const bool images = rows && (p_.batch == 1 || step[0] == size[0] * depth);
+    line_ = images ? pixels_ : rows ? pixels_ / p_.batch : size[2];
     blocks_ = ceil_div(line_, PIXELS);
     const Index blocks = pixels_ / line_ * blocks_;
     parts_ = least(p_.reduced, ceil_div(threads, blocks));
@@ -110,8 +110,8 @@ class Reduce final : public Plan {
   }
   const Real* source_of(Index line) const {
     const Index *size = p_.output, *step = layer_.source_stride;
-    const Index batch = line * line_ / (size[0] * size[1] * size[2]), inside = line % (size[0] * size[1]);
-    const Index at = line_ == pixels_ ? 0 : batch * step[0] + inside / size[1] * step[2] + inside % size[1] * step[3];
+    const Index image = size[0] * size[1] * size[2], pixel = line * line_, row = pixel % image / size[2];
+    const Index at = pixel / image * step[0] + row / size[1] * step[2] + row % size[1] * step[3];
     return static_cast<const Real*>(layer_.source) + at;
   }
 

@@ -33,14 +33,16 @@ _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class ConvNorms(nn.Sequential):
-    """Layers in turn; each batch norm right behind a convolution can be folded into it. An involution has a norm and an
-    activation behind it."""
+    """Layers in turn; each batch norm right behind a convolution can be folded into it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the last layer gives."""
-        layers = iter(self)
+        layers, nothing = iter(self), nn.Identity()
         for layer in layers:
-            x = involve(layer, x, next(layers), next(layers)) if isinstance(layer, Involution2d) else layer(x)
+            if isinstance(layer, Involution2d):
+                x = involve(layer, x, next(layers, nothing), next(layers, nothing))
+            else:
+                x = layer(x)
         return x
 
     def fuse(self) -> Self:

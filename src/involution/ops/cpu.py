@@ -71,7 +71,8 @@ def layer(
         source: (B, Q, *O).
         parameters: weight (R, Q) and bias (R,) of the product; weight (G * T, R) and bias (G * T,) of the span; mean,
             variance, weight and bias of the norm of features, each (R,), and of that of `out`, each (C,). None leaves
-            out a part. Axes of size one may follow; all are of the dtype of x, float32 or float64.
+            out a part. Axes of size one may follow; all are of the dtype of x, float32 or float64. Their sizes are
+            not checked here, but by who calls this.
         eps: what the norms add to their variances.
         relu: whether ReLU follows each of them.
         kernel_size: *K.
@@ -79,7 +80,7 @@ def layer(
     """
     _in_large_pages(out)
     weight, span = (_accurate(matrix) for matrix in (parameters[0], parameters[2]) if matrix is not None)
-    features = torch.empty((weight.shape[0], source.shape[0], *source.shape[2:]), dtype=x.dtype)
+    features = torch.empty((weight.shape[0], source.shape[0], *source.shape[2:]), dtype=x.dtype, device=x.device)
     sizes, of_source = _layer_sizes(
         *(x.dtype, x.shape, x.stride(), out.stride(), span.shape[0], tuple(kernel_size), weight.shape[0]),
         *(source.shape, source.stride(), *map(tuple, window)),

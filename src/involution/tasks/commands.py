@@ -169,7 +169,18 @@ class Command(LightningCLI):
                     f"{self.model.hparams['optimizer']}. Leave out `ckpt_path` to start anew."
                 )
             self._checkpoint = None  # Lightning reads it again
-        if self._command == "predict" and self.config["predict"]["images"]:
+        if self._command == "predict":
+            self._check_prediction()
+
+    def _check_prediction(self) -> None:
+        """Refuse what would leave it open which image a prediction is of, and find the pictures that are asked for."""
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                "`predict` runs in one process; give --trainer.devices 1 --trainer.num_nodes 1 --trainer.strategy auto."
+            )
+        if self._classes is None and self.config["predict"]["data"].get("skip_bad"):
+            raise ValueError("`data.skip_bad` would leave images out that predictions are numbered by; leave it out.")
+        if self.config["predict"]["images"]:
             from involution.tasks.predict import Pictures
 
             to_tensor = None
@@ -249,7 +260,7 @@ class Command(LightningCLI):
         self.trainer.predict(**{**kwargs, "return_predictions": False})
         if pictures and self._classes is None:
             for entry in writer.entries:
-                print(entry["image"], *(f"{name} {score:.1%}" for name, score in entry["classes"].items()), sep="  ")
+                print(entry["image"], *(f"{c['class']} {c['probability']:.1%}" for c in entry["classes"]), sep="  ")
         print(f"{writer.count} {writer.what} in {folder}")
 
 

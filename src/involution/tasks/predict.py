@@ -124,7 +124,8 @@ class Classes(_Writer):
         """Remember the images of one batch."""
         best = prediction.cpu().topk(min(_LIKELIEST, len(self._classes)))
         for scores, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            found = {self._classes[number]: round(score, 4) for number, score in zip(numbers, scores, strict=True)}
+            likely = zip(numbers, scores, strict=True)
+            found = [{"class": self._classes[number], "probability": round(score, 4)} for number, score in likely]
             self.entries.append({"image": self._next_name(), "classes": found})
 
 
