@@ -92,8 +92,8 @@ class Reduce final : public Plan {
 
  private:
   static constexpr int LANES = VECTOR_BYTES / int(sizeof(Real));
-  static constexpr Index PIXELS = 64;                                      // of a block, at most
-  static constexpr Index WIDTH = (PIXELS / LANES | 1) * LANES;   // odd in vectors, so that rows spread over the cache
+  static constexpr Index PIXELS = 64;                           // of a block, at most
+  static constexpr Index WIDTH = (PIXELS / LANES | 1) * LANES;  // odd in vectors, so that rows spread over the cache
 
   struct Pieces {
     Real *source, *sums;
