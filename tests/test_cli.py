@@ -71,7 +71,6 @@ def test_the_help_of_a_command_explains_its_settings(capsys):
         (["fit", "--model.archh", "x"], "unknown setting 'model.archh'; did you mean 'model.arch'?"),
         (["fit", "--model.lr", "fast"], "`model.lr` must be a number; got fast."),
         (["table", "coko"], "`name` must be one of imagenet, ablation, coco, cityscapes; got coko."),
-        (["convert", "nowhere.pth", "out.safetensors"], "nowhere.pth: No such file or directory."),
         (["fit", "--data.size", "4"], "`size` must be at least 8; got 4."),
         (["compare", "--model.arch", "resnet50"], "`compare` needs a RedNet as `model.arch`, such as rednet26"),
         (["test", "--ckpt_path", "nowhere.ckpt"], "`ckpt_path` must be the path of a checkpoint; there is no file now"),

@@ -76,7 +76,7 @@ def test_accuracy_of_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ([str(CLS), "out.bin"], "`out` must end in .safetensors, .ckpt, or be a folder; got out.bin."),
         ([str(EXPECTED), "out"], "cannot be read safely: it is no torch checkpoint"),
-        (["nowhere.pth", "out"], "No such file or directory: 'nowhere.pth'"),
+        (["nowhere.pth", "out"], "nowhere.pth: No such file or directory."),
         (
             [str(CLS), "out", "--evaluate", "two"],
             "must hold a folder for each of the 10 classes of the checkpoint; two ",
