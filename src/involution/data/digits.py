@@ -74,10 +74,17 @@ class Digits(LightningDataModule):
         self.test = TensorDataset(images[test], classes[test])
 
     def to_tensor(self, image: Image) -> Tensor:
-        """Any image of a digit, dark on light, as those of the data set, (1, size, size)."""
-        light = to_tensor(image.convert("L"))[None]
-        scan = F.interpolate(light, size=(_SCAN, _SCAN), mode="area")  # coarse, as the scans are
-        return 1 - F.interpolate(scan, size=(self.size, self.size), mode="bilinear", align_corners=False)[0]
+        """Any image of a digit, dark on light, as those of the data set, which its ink fills: (1, size, size)."""
+        ink = 1 - to_tensor(image.convert("L"))[0]
+        drawn = (ink > (ink.min() + ink.max()) / 2).nonzero()
+        if len(drawn):
+            (top, left), (bottom, right) = drawn.amin(0).tolist(), drawn.amax(0).tolist()
+            ink = ink[top : bottom + 1, left : right + 1]
+        rows, columns = (max(ink.shape) - side for side in ink.shape)  # that a square lacks
+        ink = F.pad(ink, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        scan = F.interpolate(ink[None, None], size=(_SCAN, _SCAN), mode="area")  # coarse, as the scans are
+        scan = scan / scan.max().clamp(min=1 / _INK)  # the darkest pixel of a scan is black
+        return F.interpolate(scan, size=(self.size, self.size), mode="bilinear", align_corners=False)[0]
 
     def train_dataloader(self) -> DataLoader:
         """The training images in a new order every epoch; an incomplete last batch is left out."""
