@@ -168,8 +168,9 @@ def test_predicting_writes_the_likeliest_classes(at_home, capsys):
     assert [line.split()[0] for line in lines] == ["seven", "one"]
     assert lines[0].count("%") == 5
     assert last == "2 images in predictions.json in runs/digits/predictions-2"
-    told = mistake(capsys, "predict", checkpoint, "--trainer.devices", "2", "--trainer.accelerator", "cpu")
-    assert "`predict` runs in one process; give --trainer.devices 1" in told
+    shared = ["--trainer.devices", "2", "--trainer.num_nodes", "3", "--trainer.strategy", "ddp"]  # of a recipe
+    assert main(["predict", checkpoint, "--images", "seven.png", *shared, "--trainer.accelerator", "cpu"]) == 0
+    assert capsys.readouterr().out.endswith("1 images in predictions.json in runs/digits/predictions-3\n")
 
 
 def test_a_fit_resumes_in_a_folder_of_its_own(at_home, capsys):

@@ -174,13 +174,13 @@ class Command(LightningCLI):
 
     def _check_prediction(self) -> None:
         """Refuse what would leave it open which image a prediction is of, and find the pictures that are asked for."""
-        if self.trainer.world_size > 1:
+        settings = self.config["predict"]
+        if self._classes is None and not settings["images"] and settings["data"].get("skip_bad"):
             raise ValueError(
-                "`predict` runs in one process; give --trainer.devices 1 --trainer.num_nodes 1 --trainer.strategy auto."
+                "`data.skip_bad` would leave out images by whose places predictions are named; got true. Give "
+                "--data.skip_bad false."
             )
-        if self._classes is None and self.config["predict"]["data"].get("skip_bad"):
-            raise ValueError("`data.skip_bad` would leave images out that predictions are numbered by; leave it out.")
-        if self.config["predict"]["images"]:
+        if settings["images"]:
             from involution.tasks.predict import Pictures
 
             to_tensor = None
@@ -188,7 +188,7 @@ class Command(LightningCLI):
                 to_tensor = getattr(self.datamodule, "to_tensor", None)
                 if to_tensor is None:
                     raise ValueError(f"`images` cannot be made into those of `dataset` {self._dataset}; leave it out.")
-            self._pictures = Pictures([Path(path) for path in self.config["predict"]["images"]], to_tensor)
+            self._pictures = Pictures([Path(path) for path in settings["images"]], to_tensor)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing yet: Lightning would run on construction, where mistakes of the user cannot be told from bugs."""
@@ -220,6 +220,10 @@ class Command(LightningCLI):
             raise ValueError("`trainer.overfit_batches` needs an order of its own; give `trainer.limit_train_batches`.")
         if settings.enable_progress_bar is not False:
             settings.callbacks = [*(settings.callbacks or []), Progress()]
+        if self._command == "predict":  # in one process, for one file in the order of the images
+            if not isinstance(settings.devices, list) or len(settings.devices) > 1:  # else that device
+                settings.devices = 1
+            settings.num_nodes, settings.strategy = 1, "auto"
         if self._command == "fit":
             folder = Path(self._get(self.config, "folder"))
             kwargs["default_root_dir"] = folder if self._goes_on else _free(folder)
