@@ -43,8 +43,8 @@ struct ByChannel : Alone {
         x_depth(times(x_row, x_rows)),
         x_chunk(times(times(x_columns, x_rows, x_depths) | 1, WIDTH)),
         x_groups(groups),
-        y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % WIDTH == 0),
-        copies_taps(!generates_taps && !taps_in_place<Real, Element>(p)),
+        y_in_place(p.y_stride[1] == 1 && p.channels % WIDTH == 0 && (generates_taps || !taps_alone<Element>(p))),
+        copies_taps(!generates_taps && !taps_in_place<Real, Element>(p, y_in_place)),
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
@@ -53,17 +53,14 @@ struct ByChannel : Alone {
   Row<Real> choose() const {
     const bool runs = !generates_taps && taps_innermost(p), scratch = generates_taps || copies_taps;
     const Taps taps = runs ? Taps::IN_RUNS : scratch ? Taps::IN_SCRATCH : Taps::IN_PLANES;
-    if constexpr (std::is_same_v<Element, BFloat16>)
-      if (!scratch) return choose_row<FORWARD, Real, BFloat16, WIDTH>(at, taps);
-    return choose_row<FORWARD, Real, Real, WIDTH>(at, taps);
+    return choose_row<FORWARD, Real, Element, WIDTH>(at, taps, y_in_place);
   }
 
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring
 
   Layout layout() const {
-    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], x_depth, times(p.dilation[1], x_row),
-                     y_in_place ? p.y_stride[4] : WIDTH, p.kernel_stride[2], p.kernel_stride[3], p.kernel_stride[4],
-                     p.kernel_stride[7], 0};
+    Layout result = {p.kernel[2], p.stride[2], p.dilation[2], y_in_place ? p.y_stride[4] : WIDTH, p.kernel_stride[2],
+                     p.kernel_stride[3], p.kernel_stride[4], p.kernel_stride[7], 0};
     if (copies_taps) {
       const bool innermost = taps_innermost(p);
       result.tap_column = innermost ? 1 : y_columns;
@@ -82,13 +79,28 @@ struct ByChannel : Alone {
 
   struct Scratch {
     Real *x, *y, *taps, *features;
+    Line* lines;  // of the window of each row of a block
+    Lines* of_row;
   };
   Scratch scratch(Arena& arena) const {
     const Index taps = taps_of(p);
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
             arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, WIDTH)),
             arena.take<Real>(generates_taps ? times(pixels, taps) : copies_taps ? times(y_columns, taps) : 0),
-            arena.take<Real>(generates_taps ? times(pixels, p.reduced) : 0)};
+            arena.take<Real>(generates_taps ? times(pixels, p.reduced) : 0),
+            arena.take<Line>(times(together, p.kernel[0], p.kernel[1])), arena.take<Lines>(together)};
+  }
+
+  // The lines of the window, `depths` x `rows` of them, of the outputs in the place `row` of a block. The first is at `slot`.
+  void find_lines(const Scratch& s, Index row, Range depths, Range rows, Index slot) const {
+    Line *first = s.lines + row * p.kernel[0] * p.kernel[1], *next = first;
+    for (Index depth = depths.from; depth < depths.to; ++depth)
+      for (Index line = rows.from, in_ring = slot; line < rows.to; ++line, ++next) {
+        *next = {(depth - depths.from) * x_depth + in_ring, depth * at.tap_depth + line * at.tap_row};
+        in_ring += p.dilation[1] * x_row;
+        if (in_ring >= x_depth) in_ring -= x_depth;
+      }
+    s.of_row[row] = {first, next};
   }
 
   // Calls body(first group, channels) for runs of channels that fill whole vectors: all groups at once, or each alone.
@@ -128,16 +140,16 @@ struct ByChannel : Alone {
     Range block, columns;
   };
 
-  // Runs the loops on a row of outputs and lines (`depths` x `rows`) of their window, the first of which is at `x + slot`.
-  void run_row(const Outputs& outputs, Range depths, Range rows, Real* x, Index slot, const Scratch& s) const {
+  // Runs the loops on a row of outputs, with the lines found for it in `x`; `depths` is where these are.
+  void run_row(const Outputs& outputs, Range depths, Real* x, const Scratch& s) const {
     const Index *step = p.kernel_stride, count = outputs.columns.size();
     Element* y = row_of(p.y, p.y_stride, outputs.batch, outputs.group * p.channels, outputs.depth, outputs.row) +
                  outputs.columns.from * p.y_stride[4];
-    const Index first = depths.from * at.tap_depth + rows.from * at.tap_row;
-    const void* taps = s.taps + first;
+    const Lines lines = s.of_row[outputs.row - outputs.block.from];
+    const void* taps = s.taps;
     const char* coming = nullptr;  // taps to fetch meanwhile
     if (generates_taps) {
-      taps = s.taps + first + (outputs.row - outputs.block.from) * count;
+      taps = s.taps + (outputs.row - outputs.block.from) * count;
     } else {
       const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
@@ -146,18 +158,17 @@ struct ByChannel : Alone {
       const bool last = outputs.row + 1 == outputs.block.to;
       const Element* next = kernel + (last ? step[1] - (outputs.block.size() - 1) * step[6] : step[6]);
       if (taps_innermost(p)) coming = reinterpret_cast<const char*>(groups + step[6]) + outputs.group * chunks * count * at.fetched;
-      else if (!copies_taps) coming = reinterpret_cast<const char*>(next + first);
+      else if (!copies_taps) coming = reinterpret_cast<const char*>(next);
       if (copies_taps) copy_taps(s.taps, at, p, kernel, next, depths, count);
-      else taps = kernel + first;
+      else taps = kernel;
     }
-    Real* values = s.y;
-    if constexpr (std::is_same_v<Real, Element>) values = y_in_place ? y : s.y;
     if (!FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
     for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(values + chunk * y_chunk, x + chunk * x_chunk, slot, taps, count, depths.size(), rows.size(), at,
+      row(y_in_place ? static_cast<void*>(y + chunk * y_chunk) : s.y + chunk * y_chunk, x + chunk * x_chunk, taps, count, lines, at,
           coming + chunk * count * at.fetched);
-    if (FORWARD && p.after) finish_row(values, outputs.group, count);
+    if constexpr (std::is_same_v<Real, Element>)
+      if (FORWARD && p.after) finish_row(y_in_place ? y : s.y, outputs.group, count);
     if (FORWARD && !y_in_place)
       unpack_columns<Real, WIDTH>(y, p.y_stride[1], p.y_stride[4], s.y, y_chunk, count, p.channels);
   }

@@ -36,34 +36,49 @@ inline void dots(V* results, const V* grads, const Real* x, Index step, Index ch
   if (COUNT > ALL) results[1] = sums_of_lanes<LANES>(sums + ALL);
 }
 
+// Elements as they are stored: of those of 16 bits only the bits.
+template <class Element>
+using Stored = std::conditional_t<sizeof(Element) == 2, std::uint16_t, Element>;
+
 // The gradients of COUNT taps at each of the outputs OUTPUT of a vector, `at` places from `taps`. `exact`: no more is written.
-template <class Real, int LANES, int COUNT, class V, int... OUTPUT>
-inline void store_taps(Real* const* taps, Index at, V dots, bool exact, std::integer_sequence<int, OUTPUT...>) {
-  constexpr int ALL = SUMMED<LANES>;
+template <int COUNT, class Bits, class V, int... OUTPUT>
+inline void store_taps(Bits* const* taps, Index at, V dots, bool exact, std::integer_sequence<int, OUTPUT...>) {
+  constexpr int ALL = 4 < LANES_OF<V> ? 4 : LANES_OF<V>;
   constexpr auto lanes = std::make_integer_sequence<int, ALL>{};
   if (COUNT == ALL || !exact) return (store_some<OUTPUT * ALL>(taps[OUTPUT] + at, dots, lanes), ...);
   constexpr auto some = std::make_integer_sequence<int, COUNT == 1 ? 1 : 2>{};
   (store_some<OUTPUT * ALL>(taps[OUTPUT] + at, dots, some), ...);
   if constexpr (COUNT == 3) (store_some<OUTPUT * ALL + 1>(taps[OUTPUT] + at + 1, dots, some), ...);
 }
+// The same of two times SUMMED taps.
+template <class Bits, class V, int... OUTPUT>
+inline void store_both(Bits* const* taps, Index at, V dots, std::integer_sequence<int, OUTPUT...>) {
+  (store_some<OUTPUT * 8>(taps[OUTPUT] + at, dots, std::make_integer_sequence<int, 8>{}), ...);
+}
 
 // The gradients of the taps of a line, `offset` places from `taps`, which end at `end`; zeros where the line, `x`, is null.
 // K = 0: it is known at run time only how many there are, `count`.
-template <class Real, int LANES, int K, int CHUNKS, class V>
-inline void line_of_dots(Real* const* taps, Index offset, Index end, const V* grads, const Real* x, Index step, Index count,
+template <class Real, class Element, int LANES, int K, int CHUNKS, class V>
+inline void line_of_dots(Stored<Element>* const* taps, Index offset, Index end, const V* grads, const Real* x, Index step, Index count,
                          Index chunks) {
   constexpr int ALL = SUMMED<LANES>, MOST = 2 * ALL;
+  constexpr auto parts = std::make_integer_sequence<int, LANES / ALL>{};
   const auto store_at = [&](Index at, V result, auto many) {
     const bool exact = at + ALL > end;  // what is written too much before that is overwritten by taps to come
-    store_taps<Real, LANES, many>(taps, at, result, exact, std::make_integer_sequence<int, LANES / ALL>{});
+    if constexpr (std::is_same_v<Real, Element>) store_taps<many>(taps, at, result, exact, parts);
+    else store_taps<many>(taps, at, narrowed<Element>(result), exact, parts);
   };
   Index t = 0;
   const auto run = [&](auto many) {
+    const Index at = offset + t;
     V results[2] = {};
     if (x) dots<Real, LANES, many, CHUNKS>(results, grads, x + t * step, step, chunks);
-    store_at(offset + t, results[0], std::integral_constant<int, (many < ALL ? int(many) : ALL)>{});
-    if constexpr (many > ALL) store_at(offset + t + ALL, results[1], std::integral_constant<int, many - ALL>{});
     t += many;
+    if constexpr (!std::is_same_v<Real, Element> && many > ALL)
+      if (at + MOST <= end)
+        return store_both(taps, at, narrowed_in_turn<Element>(results[0], results[1], std::make_integer_sequence<int, 2 * LANES>{}), parts);
+    store_at(at, results[0], std::integral_constant<int, (many < ALL ? int(many) : ALL)>{});
+    if constexpr (many > ALL) store_at(at + ALL, results[1], std::integral_constant<int, many - ALL>{});
   };
   while (t + MOST <= (K ? K : count)) run(std::integral_constant<int, MOST>{});
   if constexpr (K > 0) {
@@ -77,76 +92,66 @@ inline void line_of_dots(Real* const* taps, Index offset, Index end, const V* gr
 
 // Where the loop finds things, the same for all rows of all tasks. Steps are in elements; all taps of an output lie in one run.
 struct Dots {
-  Index depths, rows, taps, stride, dilation;  // of the window; those of a line are in columns
-  Index x_depth, x_row;                        // from line to line of the window in the packed rows, which are a ring
-  Index y_column, tap_output;                  // from output to output
-  Index chunks;                                // vectors of channels of a group
-  Index fetched;                               // bytes of taps to come that are prefetched with each output
+  Index taps, stride, dilation;  // of a line of the window, in columns
+  Index y_column, tap_output;    // from output to output
+  Index chunks;                  // vectors of channels of a group
+  Index fetched;                 // bytes of taps to come that are prefetched with each output
 };
 
-// The gradients of all taps of a row of outputs; zeros to those of lines that are not in `depths` and `rows`, as these lie outside
-// the image. The first line inside is at `x + slot`. Packed rows of x lie [column of a part][chunk][part][channel], outputs
-// [column][channel]; `room` is for those of a vector of outputs. K = 0: known at run time only.
-template <class Real, int LANES, int K, int CHUNKS>
-void row_of_dots(const Real* y, const Real* x, Index slot, Real* taps, Index outputs, Range depths, Range rows, const Dots& at,
-                 Real* room, const char* coming) {
+// The gradients of all taps of a row of outputs; zeros to those of lines that lie outside the image. Packed rows of x lie
+// [column of a part][chunk][part][channel], outputs [column][channel]; `room` is for those of a vector of outputs. Outputs and taps are
+// elements of any type. K = 0: known at run time only.
+template <class Real, class Element, int LANES, int K, int CHUNKS>
+void row_of_dots(const void* y, const Real* x, void* taps, Index outputs, Lines lines, const Dots& at, Real* room, const char* coming) {
   constexpr int PARTS = Parts<LANES>::COUNT;
   using V = typename Vector<Real, LANES>::type;
+  using Bits = Stored<Element>;
   const Parts<LANES> parts(outputs);
   const Index chunks = CHUNKS ? CHUNKS : at.chunks, column = chunks * LANES, step = (K ? 1 : at.dilation) * column;
-  const Index count = K ? K : at.taps, end = at.depths * at.rows * count;
+  const Index count = K ? K : at.taps, end = lines.size() * count;
   const Index fetched = ceil_div(PARTS * at.fetched, CACHE_LINE);  // the same number with each output, so that the loop is foreseen
-  Real* of_part[PARTS];
-  const Real* y_of_part[PARTS];
+  Bits* of_part[PARTS];
+  const Bits* y_of_part[PARTS];
   for (int part = 0; part < PARTS; ++part) {
-    of_part[part] = taps + parts.first[part] * at.tap_output;
-    y_of_part[part] = y + parts.first[part] * at.y_column;
+    of_part[part] = static_cast<Bits*>(taps) + parts.first[part] * at.tap_output;
+    y_of_part[part] = static_cast<const Bits*>(y) + parts.first[part] * at.y_column;
   }
   for (Index output = 0; output < parts.size; ++output, x += at.stride * column) {
     for (Index i = 0; i < fetched; ++i) __builtin_prefetch(coming + i * CACHE_LINE, 0, 2);
     coming += PARTS * at.fetched;
     V few[CHUNKS + 1], *grads = CHUNKS ? few : reinterpret_cast<V*>(room);
 #pragma GCC unroll 4
-    for (Index chunk = 0; chunk < chunks; ++chunk) grads[chunk] = join_parts<Real, LANES>(y_of_part, chunk * SUMMED<LANES>);
-    const auto run = [&](Index offset, const Real* line) {
-      line_of_dots<Real, LANES, K, CHUNKS>(of_part, offset, end, grads, line, step, count, chunks);
-    };
-    Index offset = 0;
-    for (Index depth = 0; depth < at.depths; ++depth) {
-      const Range inside = depths.has(depth) ? rows : Range{0, 0};
-      const Real* lines = x + (depth - depths.from) * at.x_depth;
-      Index row = 0, in_ring = slot;
-      for (; row < inside.from; ++row, offset += count) run(offset, nullptr);
-      for (; row < inside.to; ++row, offset += count) {
-        run(offset, lines + in_ring);
-        in_ring += at.x_row;
-        if (in_ring >= at.x_depth) in_ring -= at.x_depth;
-      }
-      for (; row < at.rows; ++row, offset += count) run(offset, nullptr);
+    for (Index chunk = 0; chunk < chunks; ++chunk) {
+      const auto values = join_parts<LANES>(y_of_part, chunk * SUMMED<LANES>);
+      if constexpr (std::is_same_v<Real, Element>) grads[chunk] = values;
+      else grads[chunk] = widened<V, Element>(values);
     }
+    for (const Line* line = lines.begin; line < lines.end; ++line)
+      line_of_dots<Real, Element, LANES, K, CHUNKS>(of_part, line->taps, end, grads, line->x == OUTSIDE ? nullptr : x + line->x, step,
+                                                    count, chunks);
     for (int part = 0; part < PARTS; ++part) of_part[part] += at.tap_output, y_of_part[part] += at.y_column;
   }
 }
 
 template <class Real>
-using RowOfDots = void (*)(const Real*, const Real*, Index, Real*, Index, Range, Range, const Dots&, Real*, const char*);
+using RowOfDots = void (*)(const void*, const Real*, void*, Index, Lines, const Dots&, Real*, const char*);
 
-template <class Real, int LANES, int K>
+template <class Real, class Element, int LANES, int K>
 RowOfDots<Real> choose_chunks(Index chunks) {
-  return chunks == 1   ? row_of_dots<Real, LANES, K, 1>
-         : chunks == 2 ? row_of_dots<Real, LANES, K, 2>
-         : chunks == 4 ? row_of_dots<Real, LANES, K, 4>
-                       : row_of_dots<Real, LANES, K, 0>;
+  return chunks == 1   ? row_of_dots<Real, Element, LANES, K, 1>
+         : chunks == 2 ? row_of_dots<Real, Element, LANES, K, 2>
+         : chunks == 4 ? row_of_dots<Real, Element, LANES, K, 4>
+                       : row_of_dots<Real, Element, LANES, K, 0>;
 }
-template <class Real, int LANES>
+template <class Real, class Element, int LANES>
 RowOfDots<Real> choose_row_of_dots(const Problem& p, Index chunks) {
   if (p.dilation[2] == 1) {
-    if (p.kernel[2] == 3) return choose_chunks<Real, LANES, 3>(chunks);
-    if (p.kernel[2] == 5) return choose_chunks<Real, LANES, 5>(chunks);
-    if (p.kernel[2] == 7) return choose_chunks<Real, LANES, 7>(chunks);
-    if (p.kernel[2] == 9) return choose_chunks<Real, LANES, 9>(chunks);
+    if (p.kernel[2] == 3) return choose_chunks<Real, Element, LANES, 3>(chunks);
+    if (p.kernel[2] == 5) return choose_chunks<Real, Element, LANES, 5>(chunks);
+    if (p.kernel[2] == 7) return choose_chunks<Real, Element, LANES, 7>(chunks);
+    if (p.kernel[2] == 9) return choose_chunks<Real, Element, LANES, 9>(chunks);
   }
-  return choose_chunks<Real, LANES, 0>(chunks);
+  return choose_chunks<Real, Element, LANES, 0>(chunks);
 }
 
 }  // namespace

@@ -36,14 +36,16 @@ struct Forward : ByChannel<true, Real, WIDTH, Element> {
                                                    first_depth + depth * p.dilation[0], first_row + row),
                                       p.x_stride[1], p.x_stride[4], {first_column, first_column + this->x_columns}, p.input[2], channels);
           });
+      for (Index out = outs.from; out < outs.to; ++out) {
+        const Range lines = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
+        this->find_lines(s, out - outs.from, depths, lines,
+                         this->slot((out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1]));
+      }
       const Index vectors = this->pack_features(s.features, task.batch, task.depth, outs, task.columns);
       for (Index group = task.groups.from; group < task.groups.to; ++group) {
         this->generate(s, group, {0, taps_of(p)}, vectors);
-        for (Index out = outs.from; out < outs.to; ++out) {
-          const Range lines = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
-          this->run_row({task.batch, group, task.depth, out, outs, task.columns}, depths, lines, packed(group, depths.from),
-                        this->slot((out - task.rows.from) * p.stride[1] + lines.from * p.dilation[1]), s);
-        }
+        for (Index out = outs.from; out < outs.to; ++out)
+          this->run_row({task.batch, group, task.depth, out, outs, task.columns}, depths, packed(group, depths.from), s);
       }
     }
   }

@@ -34,7 +34,9 @@ template <class Real, int LANES, class Element>
 struct GradKernel : Alone {
   static constexpr bool IN_PAIRS = false;
   const Problem& p;
-  const bool in_place, y_in_place;  // whether the loop writes where the gradients belong, and reads the outputs' where they are
+  // Whether the loop writes where the gradients belong, and reads the outputs' where they are. If these are of another type than
+  // that computed in, it does both or neither.
+  const bool in_place, y_in_place;
   const Index outputs, groups;      // of a row of a task, at most
   const Index chunks, column;       // vectors of channels of a group; from one packed column to the next
   const Index x_columns, x_row, x_rows, x_depth, x_group;
@@ -43,8 +45,8 @@ struct GradKernel : Alone {
 
   GradKernel(const Problem& problem, const Tasks& all)
       : p(problem),
-        in_place(std::is_same_v<Real, Element> && taps_in_one_run(p)),
-        y_in_place(std::is_same_v<Real, Element> && p.y_stride[1] == 1 && p.channels % SUMMED<LANES> == 0),
+        in_place(taps_in_one_run(p) && (std::is_same_v<Real, Element> || y_in_one_run())),
+        y_in_place(y_in_one_run() && (std::is_same_v<Real, Element> || in_place)),
         outputs(ceil_div(all.columns, all.column_blocks)),
         groups(ceil_div(all.groups, all.group_blocks)),
         chunks(ceil_div(p.channels, SUMMED<LANES>)),
@@ -55,20 +57,22 @@ struct GradKernel : Alone {
         x_depth(times(x_row, x_rows)),
         x_group(times(times(x_columns, chunks, x_rows, p.kernel[0]) | 1, LANES)),  // odd, so that groups spread over the cache
         at(layout()),
-        row(choose_row_of_dots<Real, LANES>(p, chunks)) {}
+        row(in_place ? choose_row_of_dots<Real, Element, LANES>(p, chunks) : choose_row_of_dots<Real, Real, LANES>(p, chunks)) {}
 
+  bool y_in_one_run() const { return p.y_stride[1] == 1 && p.channels % SUMMED<LANES> == 0; }
   Dots layout() const {
-    return {p.kernel[0], p.kernel[1], p.kernel[2], p.stride[2], p.dilation[2], x_depth, times(p.dilation[1], x_row),
-            y_in_place ? p.y_stride[4] : chunks * SUMMED<LANES>, in_place ? p.kernel_stride[7] : taps_of(p), chunks,
+    return {p.kernel[2], p.stride[2], p.dilation[2], y_in_place ? p.y_stride[4] : chunks * SUMMED<LANES>, in_place ? p.kernel_stride[7] : taps_of(p), chunks,
             taps_in_one_run(p) ? taps_of(p) * Index(sizeof(Element)) : 0};
   }
 
   struct Scratch {
     Real *x, *y, *taps, *room;
+    Line* lines;  // all those of the window of a row of outputs
   };
   Scratch scratch(Arena& arena) const {
     return {arena.take<Real>(times(x_group, groups)), arena.take<Real>(y_in_place ? 0 : times(outputs, chunks, SUMMED<LANES>)),
-            arena.take<Real>(in_place ? 0 : times(outputs, taps_of(p))), arena.take<Real>(column)};
+            arena.take<Real>(in_place ? 0 : times(outputs, taps_of(p))), arena.take<Real>(column),
+            arena.take<Line>(times(p.kernel[0], p.kernel[1]))};
   }
 
   // The taps of a row of outputs lie position by position, all groups together. So all groups run on a row in turn, while the
@@ -81,11 +85,19 @@ struct GradKernel : Alone {
     for (Index out = task.rows.from; out < task.rows.to; ++out) {
       const Index lines = least(window(p, 1, out + 1 - task.rows.from), p.input[1] - first_row);
       for (; line < lines; ++line) pack_x(task, parts, depths, first_row, line, s);
-      Range inside = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
-      if (inside.size() == 0) inside = {0, 0};
-      const Index first_line = (out - task.rows.from) * p.stride[1] + inside.from * p.dilation[1];
-      run_row(task, out, depths, inside, first_line % x_rows * x_row, s);
+      find_lines(task, out, depths, s);
+      run_row(task, out, s);
     }
+  }
+
+  void find_lines(const Task& task, Index out, Range depths, const Scratch& s) const {
+    const Range inside = taps_inside(p, 1, out * p.stride[1] - p.padding[1], p.input[1]);
+    for (Index depth = 0; depth < p.kernel[0]; ++depth)
+      for (Index row = 0; row < p.kernel[1]; ++row) {
+        const Index slot = ((out - task.rows.from) * p.stride[1] + row * p.dilation[1]) % x_rows;
+        const Index line = depth * p.kernel[1] + row;
+        s.lines[line] = {depths.has(depth) && inside.has(row) ? depth * x_depth + slot * x_row : OUTSIDE, line * p.kernel[2]};
+      }
   }
 
   void pack_x(const Task& task, const Parts<LANES>& parts, Range depths, Index first_row, Index line, const Scratch& s) const {
@@ -107,8 +119,8 @@ struct GradKernel : Alone {
     pack(std::integral_constant<int, SUMMED<LANES>>{});
   }
 
-  // A row of outputs, and lines (`depths` x `rows`) of their window; the first of these is at `slot` in the ring.
-  void run_row(const Task& task, Index out, Range depths, Range rows, Index slot, const Scratch& s) const {
+  // A row of outputs, with the lines found for it.
+  void run_row(const Task& task, Index out, const Scratch& s) const {
     const Index *step = p.kernel_stride, *y_step = p.y_stride, count = task.columns.size();
     Element* kernel = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + task.depth * step[5] + out * step[6] +
                       task.columns.from * step[7];
@@ -118,14 +130,9 @@ struct GradKernel : Alone {
       const Index local = group - task.groups.from;
       Element* target = kernel + group * step[1];
       const Element* source = y + group * p.channels * y_step[1];
-      Real* taps = s.taps;
-      const Real* values = s.y;
-      if constexpr (std::is_same_v<Real, Element>) {
-        if (in_place) taps = target;
-        if (y_in_place) values = source;
-      }
       if (!y_in_place) pack_y(s.y, source, count);
-      row(values, s.x + local * x_group + depths.from * x_depth, slot, taps, count, depths, rows, at, s.room,
+      row(y_in_place ? static_cast<const void*>(source) : s.y, s.x + local * x_group, in_place ? static_cast<void*>(target) : s.taps,
+          count, {s.lines, s.lines + p.kernel[0] * p.kernel[1]}, at, s.room,
           reinterpret_cast<const char*>(kernel + step[6]) + group * count * at.fetched);
       if (!in_place) write_taps(target, p, s.taps, count);
     }

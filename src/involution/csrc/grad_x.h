@@ -53,16 +53,18 @@ struct GradX : ByChannel<false, Real, WIDTH, Element> {
     for (Index tap = 0; tap < p.kernel[0]; ++tap) {
       const Index reads = task.depth + p.padding[0] - tap * p.dilation[0], depth = floor_div(reads, p.stride[0]);
       if (reads % p.stride[0] != 0 || depth < 0 || depth >= p.output[0] || outputs.size() == 0) continue;
+      for (Index out = outs.from; out < outs.to; ++out) {
+        const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
+        const Range lines = taps_inside(p, 1, position, task.rows.size());
+        this->find_lines(s, out - outs.from, {tap, tap + 1}, lines, this->slot(position + lines.from * p.dilation[1]));
+      }
       const Index vectors = this->pack_features(s.features, task.batch, depth, outs, outputs), of_depth = p.kernel[1] * p.kernel[2];
       for (Index group = task.groups.from; group < task.groups.to; ++group) {
         this->generate(s, group, {tap * of_depth, (tap + 1) * of_depth}, vectors);
-        for (Index out = outs.from; out < outs.to; ++out) {
-          const Index position = out * p.stride[1] - p.padding[1] - task.rows.from;
-          const Range lines = taps_inside(p, 1, position, task.rows.size());
-          if (lines.size() == 0) continue;
-          this->run_row({task.batch, group, depth, out, outs, outputs}, {tap, tap + 1}, lines,
-                        packed(task, group, s) + first_column * WIDTH, this->slot(position + lines.from * p.dilation[1]), s);
-        }
+        for (Index out = outs.from; out < outs.to; ++out)
+          if (s.of_row[out - outs.from].size() > 0)
+            this->run_row({task.batch, group, depth, out, outs, outputs}, {tap, tap + 1},
+                          packed(task, group, s) + first_column * WIDTH, s);
       }
     }
   }

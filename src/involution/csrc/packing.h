@@ -4,9 +4,19 @@
 
 #include <utility>
 
-#include "elements.h"
+#include "vectors.h"
 
 namespace {
+
+// A line of the window: its offsets in the packed rows of x, or OUTSIDE the image, and from the first tap of an output.
+struct Line {
+  Index x, taps;
+};
+struct Lines {
+  const Line *begin, *end;
+  Index size() const { return end - begin; }
+};
+constexpr Index OUTSIDE = -1;
 
 // In every `2 * STEP` lanes, STEP of `a` and then STEP of `b`: the lower ones of both, or the upper ones.
 template <int N, int STEP, bool UPPER, class V, int... I>
@@ -55,21 +65,12 @@ template <int N, class To, class From>
 inline void transpose_block(To* to, Index to_step, const From* from, Index from_step, Index i_size = N) {
   using Real = std::common_type_t<decltype(widen(To{})), decltype(widen(From{}))>;
   using V = typename Vector<Real, N>::type;
-  Real lane[N];
   V rows[N];
 #pragma GCC unroll 16
-  for (int row = 0; row < N; ++row) {
-    rows[row] = V{};
-    if (row >= i_size) continue;
-    copy_lanes<N>(lane, from + row * from_step);
-    rows[row] = load<V>(lane);
-  }
+  for (int row = 0; row < N; ++row) rows[row] = row < i_size ? load_as<V>(from + row * from_step) : V{};
   transpose_rows<N>(rows);
 #pragma GCC unroll 16
-  for (int row = 0; row < N; ++row) {
-    store<V>(lane, rows[row]);
-    copy_lanes<N>(to + row * to_step, lane);
-  }
+  for (int row = 0; row < N; ++row) store_as(to + row * to_step, rows[row]);
 }
 
 // to[j * to_step + i] = from[i * from_step + j], in blocks of N x N; the last block of a row or column overlaps the one before.

@@ -20,15 +20,11 @@ struct Parts {
   }
 };
 
-// SUMMED elements of each part, `at` places from where `from` says, as one vector.
-template <class Real, int LANES>
-inline auto join_parts(const Real* const* from, Index at) {
-  if constexpr (LANES > 4) {
-    return joined<Real>(join_parts<Real, LANES / 2>(from, at), join_parts<Real, LANES / 2>(from + LANES / 8, at),
-                        std::make_integer_sequence<int, LANES>{});
-  } else {
-    return load<typename Vector<Real, LANES>::type>(*from + at);
-  }
+// SUMMED elements of each part, `at` places from where `from` says, as one vector of the type computed in.
+template <int LANES, class Element>
+inline auto join_parts(const Element* const* from, Index at) {
+  if constexpr (LANES > 4) return joined<Element>(join_parts<LANES / 2>(from, at), join_parts<LANES / 2>(from + LANES / 8, at));
+  else return load<typename Vector<Element, LANES>::type>(*from + at);
 }
 
 // A row -> [group][column of a part][chunk][part][channel], `columns` of each part, zero outside the image and beyond the last
@@ -48,14 +44,12 @@ void pack_parts(Real* to, Index to_group, const Element* from, Index channel_ste
         Index chunk = 0;
         for (Index channel = 0; channel < done; channel += LANES) {
           V values[PARTS];
-          Real lane[LANES];
 #pragma GCC unroll 4
           for (int part = 0; part < PARTS; ++part) {
             const Index source = column + parts.first[part] * stride;
             values[part] = V{};
             if (source < 0 || source >= width) continue;
-            copy_lanes<LANES>(lane, from + source * column_step + channel);
-            values[part] = load<V>(lane);
+            values[part] = load_as<V>(from + source * column_step + channel);
           }
           if constexpr (PARTS >= 2) exchange<LANES, 4, PARTS, 1>(values);
           if constexpr (PARTS >= 4) exchange<LANES, 8, PARTS, 2>(values);

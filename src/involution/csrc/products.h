@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "elements.h"
+#include "vectors.h"
 
 namespace {
 

@@ -10,8 +10,7 @@ namespace {
 
 // Where the loops find things, the same for all rows of all tasks. Steps are in elements.
 struct Layout {
-  Index taps, stride, dilation;                     // of one line of the window, in columns
-  Index x_depth, x_row;                             // from line to line of the window in the packed rows, which are a ring
+  Index taps, stride, dilation;                      // of one line of the window, in columns
   Index y_column;                                   // from output to output
   Index tap_depth, tap_row, tap_column, tap_output;  // from tap to tap along each axis, and from output to output
   Index fetched;                                    // bytes of taps to come that are prefetched with each output
@@ -20,10 +19,17 @@ struct Layout {
 // How the taps of a row of outputs lie: one output behind the other, or one tap behind the other, in memory or made in the scratch.
 enum class Taps { IN_RUNS, IN_PLANES, IN_SCRATCH };
 
-// Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other.
+// Whether lines of bfloat16 taps are too short for `factor` below, which reads two.
+template <class Element>
+bool taps_alone(const Problem& p) {
+  return std::is_same_v<Element, BFloat16> && p.kernel[2] == 1;
+}
+
+// Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other
+// if outputs are read or written where they lie, too.
 template <class Real, class Element>
-bool taps_in_place(const Problem& p) {
-  if (std::is_same_v<Element, BFloat16>) return p.kernel_stride[4] == 1 && p.kernel[2] > 1;
+bool taps_in_place(const Problem& p, bool y_in_place) {
+  if (std::is_same_v<Element, BFloat16>) return y_in_place && p.kernel_stride[4] == 1 && !taps_alone<Element>(p);
   return std::is_same_v<Real, Element> && (taps_innermost(p) || p.kernel_stride[7] == 1);
 }
 
@@ -79,20 +85,6 @@ void copy_taps(Real* to, const Layout& at, const Problem& p, const Element* from
       }
 }
 
-// Calls body(line of x, offset of its taps) for every line of the window that lies inside the image: `depths` x `rows` of them,
-// the first at `x + slot`.
-template <class Real, class Body>
-inline void for_each_line(Real* x, Index slot, Index depths, Index rows, const Layout& at, const Body& body) {
-  for (Index depth = 0; depth < depths; ++depth) {
-    Index line = slot;
-    for (Index row = 0; row < rows; ++row) {
-      body(x + depth * at.x_depth + line, depth * at.tap_depth + row * at.tap_row);
-      line += at.x_row;
-      if (line >= at.x_depth) line -= at.x_depth;
-    }
-  }
-}
-
 // The taps of a tile: a pointer for each output (taps innermost) or each tap, the same for all lines.
 template <class Tap, int K, bool TAPS_INNERMOST, int COLUMNS>
 struct TileTaps {
@@ -110,14 +102,15 @@ struct TileTaps {
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels. K, S = 0: known at run time only.
-template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Fetch>
-inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at,
-                        const Fetch& fetch) {
+template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
+inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
-  for_each_line(x, slot, depths, rows, at, [&](const Real* line, Index offset) {
+  for (const Line* next = lines.begin; next < lines.end; ++next) {
+    const Real* line = x + next->x;
+    const Index offset = next->taps;
     fetch(offset);
     if constexpr (K > 0) {
 #pragma GCC unroll 32
@@ -141,24 +134,26 @@ inline void gather_tile(Real* y, Real* x, Index slot, const Tap* taps, Index dep
           for (int v = 0; v < VECTORS; ++v) sums[column][v] += tap * load<V>(position + v * LANES);
         }
     }
-  });
+  }
 #pragma GCC unroll 8
   for (int column = 0; column < COLUMNS; ++column)
-    for (int v = 0; v < VECTORS; ++v) store<V>(y + column * at.y_column + v * LANES, sums[column][v]);
+    if constexpr (VECTORS == 2) store_as(y + column * at.y_column, sums[column][0], sums[column][1]);
+    else store_as(y + column * at.y_column, sums[column][0]);
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Fetch>
-inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index depths, Index rows, const Layout& at,
-                         const Fetch& fetch) {
+template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
+inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
 #pragma GCC unroll 8
   for (int column = 0; column < COLUMNS; ++column)
-    for (int v = 0; v < VECTORS; ++v) grads[column][v] = load<V>(y + column * at.y_column + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) grads[column][v] = load_as<V>(y + column * at.y_column + v * LANES);
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
-  for_each_line(x, slot, depths, rows, at, [&](Real* line, Index offset) {
+  for (const Line* next = lines.begin; next < lines.end; ++next) {
+    Real* line = x + next->x;
+    const Index offset = next->taps;
     fetch(offset);
     if constexpr (K > 0) {
 #pragma GCC unroll 32
@@ -184,25 +179,26 @@ inline void scatter_tile(Real* y, Real* x, Index slot, const Tap* taps, Index de
             store<V>(position + v * LANES, load<V>(position + v * LANES) + tap * grads[column][v]);
         }
     }
-  });
+  }
 }
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. Taps to come are fetched
 // meanwhile, but for those in the scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core
 // waits for some twenty lines of the cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt
-// out to the lines of its window, unless it is little.
-template <bool FORWARD, class Real, class Tap, int WIDTH, int K, int S, Taps TAPS>
-void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns, Index depths, Index rows, const Layout& at,
-                  const char* coming) {
-  constexpr Index AT_ONCE = 8 * CACHE_LINE;
+// out to the lines of its window, unless it is little; always the same numbers, so that the loops are foreseen.
+template <bool FORWARD, class Real, class Value, class Tap, int WIDTH, int K, int S, Taps TAPS>
+void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines lines, const Layout& at, const char* coming) {
+  constexpr Index AT_ONCE = 8;
   constexpr bool INNERMOST = TAPS == Taps::IN_RUNS;
+  auto* y = static_cast<std::conditional_t<FORWARD, Value, const Value>*>(outputs);
   Index column = 0;
-  const char* due = coming;
-  const auto fetch_run = [&](Index bytes) {
-    for (due += bytes; coming < due; coming += CACHE_LINE) __builtin_prefetch(coming, 0, 2);
-  };
   const auto run = [&](auto width) {
-    const Index fetched = at.fetched * width, of_line = fetched > AT_ONCE ? ceil_div(fetched, most(1, depths * rows)) : 0;
+    const Index all = ceil_div(at.fetched * width, CACHE_LINE), of_line = all > AT_ONCE ? all / most(1, lines.size()) : 0;
+    const Index of_tile = all - of_line * lines.size();
+    const char* next = coming;
+    const auto fetch_run = [&](Index count) {
+      for (Index i = 0; i < count; ++i, next += CACHE_LINE) __builtin_prefetch(next, 0, 2);
+    };
     const auto fetch = [&]([[maybe_unused]] Index line) {
       if constexpr (TAPS == Taps::IN_RUNS) fetch_run(of_line);
       if constexpr (TAPS == Taps::IN_PLANES) {
@@ -212,12 +208,15 @@ void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns,
       }
     };
     for (; column + width <= columns; column += width) {
-      if (of_line == 0) fetch_run(fetched);
-      for (int next = width; next < 2 * width; ++next) __builtin_prefetch(y + (column + next) * at.y_column, FORWARD);
-      Real *values = y + column * at.y_column, *positions = x + column * at.stride * WIDTH;
+      if constexpr (TAPS == Taps::IN_RUNS) fetch_run(of_tile);
+      auto* values = y + column * at.y_column;
+      const auto* ahead = values + width * at.y_column;
+      for (int i = 0; i < width; ++i, ahead += at.y_column) __builtin_prefetch(ahead, FORWARD);
+      Real* positions = x + column * at.stride * WIDTH;
       const Tap* first = static_cast<const Tap*>(taps) + column * at.tap_output;
-      if constexpr (FORWARD) gather_tile<width, WIDTH, K, S, INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
-      else scatter_tile<width, WIDTH, K, S, INNERMOST>(values, positions, slot, first, depths, rows, at, fetch);
+      if constexpr (FORWARD) gather_tile<width, WIDTH, K, S, INNERMOST>(values, positions, first, lines, at, fetch);
+      else scatter_tile<width, WIDTH, K, S, INNERMOST>(values, positions, first, lines, at, fetch);
+      if constexpr (TAPS == Taps::IN_RUNS) next = coming += at.fetched * width;
     }
   };
   run(std::integral_constant<int, 7>{});
@@ -226,29 +225,40 @@ void row_of_tiles(Real* y, Real* x, Index slot, const void* taps, Index columns,
 }
 
 template <class Real>
-using Row = void (*)(Real*, Real*, Index, const void*, Index, Index, Index, const Layout&, const char*);
+using Row = void (*)(void*, Real*, const void*, Index, Lines, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one.
-template <bool FORWARD, class Real, class Tap, int WIDTH>
-Row<Real> choose_row(const Layout& at, Taps taps) {
-#define VARIANT(K, S)                                                                                  \
-  (taps == Taps::IN_RUNS     ? row_of_tiles<FORWARD, Real, Tap, WIDTH, K, S, Taps::IN_RUNS>    \
-   : taps == Taps::IN_PLANES ? row_of_tiles<FORWARD, Real, Real, WIDTH, K, S, Taps::IN_PLANES> \
-                             : row_of_tiles<FORWARD, Real, Real, WIDTH, K, S, Taps::IN_SCRATCH>)
+template <bool FORWARD, class Real, class Value, class Tap, int WIDTH, Taps TAPS>
+Row<Real> choose_window(const Layout& at) {
   if constexpr (sizeof(Real) == 4) {
     if (at.dilation == 1 && at.stride == 1) {
-      if (at.taps == 3) return VARIANT(3, 1);
-      if (at.taps == 5) return VARIANT(5, 1);
-      if (at.taps == 7) return VARIANT(7, 1);
-      if (at.taps == 9) return VARIANT(9, 1);
+      if (at.taps == 3) return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 3, 1, TAPS>;
+      if (at.taps == 5) return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 5, 1, TAPS>;
+      if (at.taps == 7) return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 7, 1, TAPS>;
+      if (at.taps == 9) return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 9, 1, TAPS>;
     }
     if (at.dilation == 1 && at.stride == 2) {
-      if (at.taps == 3) return VARIANT(3, 2);
-      if (at.taps == 7) return VARIANT(7, 2);
+      if (at.taps == 3) return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 3, 2, TAPS>;
+      if (at.taps == 7) return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 7, 2, TAPS>;
     }
   }
-  return VARIANT(0, 0);
-#undef VARIANT
+  return row_of_tiles<FORWARD, Real, Value, Tap, WIDTH, 0, 0, TAPS>;
+}
+
+// Elements of another type than that computed in are read and written where they lie, if they can, and else copied to the scratch:
+// outputs, and taps, which are copied unless `taps_in_place`.
+template <bool FORWARD, class Real, class Element, int WIDTH>
+Row<Real> choose_row(const Layout& at, Taps taps, bool y_in_place) {
+  const auto choose = [&](auto value, auto tap) -> Row<Real> {
+    using Value = decltype(value);
+    if (taps == Taps::IN_RUNS) return choose_window<FORWARD, Real, Value, decltype(tap), WIDTH, Taps::IN_RUNS>(at);
+    if constexpr (std::is_same_v<Real, Element>)
+      if (taps == Taps::IN_PLANES) return choose_window<FORWARD, Real, Value, Real, WIDTH, Taps::IN_PLANES>(at);
+    return choose_window<FORWARD, Real, Value, Real, WIDTH, Taps::IN_SCRATCH>(at);
+  };
+  if (!y_in_place) return choose(Real{}, Real{});
+  if constexpr (std::is_same_v<Element, BFloat16>) return choose(Element{}, Element{});
+  else return choose(Element{}, Real{});
 }
 
 }  // namespace
