@@ -63,10 +63,11 @@ inline void line_of_dots(Stored<Element>* const* taps, Index offset, Index end, 
                          Index chunks) {
   constexpr int ALL = SUMMED<LANES>, MOST = 2 * ALL;
   constexpr auto parts = std::make_integer_sequence<int, LANES / ALL>{};
+  [[maybe_unused]] constexpr auto both = std::make_integer_sequence<int, 2 * LANES>{};
   const auto store_at = [&](Index at, V result, auto many) {
     const bool exact = at + ALL > end;  // what is written too much before that is overwritten by taps to come
     if constexpr (std::is_same_v<Real, Element>) store_taps<many>(taps, at, result, exact, parts);
-    else store_taps<many>(taps, at, narrowed<Element>(result), exact, parts);
+    else store_taps<many>(taps, at, narrowed<Element, Nan::OF_HALVES>(result), exact, parts);
   };
   Index t = 0;
   const auto run = [&](auto many) {
@@ -76,7 +77,7 @@ inline void line_of_dots(Stored<Element>* const* taps, Index offset, Index end, 
     t += many;
     if constexpr (!std::is_same_v<Real, Element> && many > ALL)
       if (at + MOST <= end)
-        return store_both(taps, at, narrowed_in_turn<Element>(results[0], results[1], std::make_integer_sequence<int, 2 * LANES>{}), parts);
+        return store_both(taps, at, narrowed_in_turn<Element, Nan::OF_HALVES>(results[0], results[1], both), parts);
     store_at(at, results[0], std::integral_constant<int, (many < ALL ? int(many) : ALL)>{});
     if constexpr (many > ALL) store_at(at + ALL, results[1], std::integral_constant<int, many - ALL>{});
   };

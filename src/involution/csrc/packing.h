@@ -104,12 +104,15 @@ void transpose(To* to, Index to_step, const From* from, Index from_step, Index i
 template <class Real, int WIDTH, class Element>
 void pack_columns(Real* to, Index to_chunk, Index to_column, const Element* from, Index channel_step, Index column_step, Range wanted,
                   Index width, Index channels) {
+  constexpr int LANES = lanes_of<Real>(WIDTH);
+  using V = typename Vector<Real, LANES>::type;
   const Range inside = {least(most(wanted.from, 0), wanted.to), most(least(wanted.to, width), wanted.from)};
   const Index whole = channels / WIDTH, chunks = ceil_div(channels, WIDTH);
   to -= wanted.from * to_column;
   const auto clear = [&](Index chunk, Range columns) {
     for (Index column = columns.from; column < columns.to; ++column)
-      std::memset(to + chunk * to_chunk + column * to_column, 0, sizeof(Real) * WIDTH);
+#pragma GCC unroll 4
+      for (int lane = 0; lane < WIDTH; lane += LANES) store<V>(to + chunk * to_chunk + column * to_column + lane, V{});
   };
   for (Index chunk = 0; chunk < chunks; ++chunk) {
     clear(chunk, {wanted.from, chunk < whole ? inside.from : inside.to});

@@ -42,19 +42,19 @@ template <class V, class Real, int... I>
 inline V splat(Real value, std::integer_sequence<int, I...>) {
   return V{(static_cast<void>(I), value)...};
 }
-// A word holds two of bfloat16, each the upper half of a float. A tap is read with the one before it, as the upper half of both;
-// the first of a line with the one behind it, as nothing before it need exist. The word is read as a float, since g++ would take
-// integers apart before they reach the vector.
+// A word holds two of bfloat16, each the upper half of a float. A tap is read with the one behind it, as the lower half of both, and
+// shifted; the last of a line with the one before it, and masked, as nothing behind it need exist. The word is read as a float, since
+// g++ would take integers apart before they reach the vector.
 template <class V>
-inline V factor(const BFloat16* tap, bool first) {
+inline V factor(const BFloat16* tap, bool last) {
   constexpr int LANES = sizeof(V) / sizeof(float);
   using Bits = typename Vector<std::uint32_t, LANES>::type;
   float pair;
-  std::memcpy(&pair, tap - (first ? 0 : 1), sizeof pair);
+  std::memcpy(&pair, tap - (last ? 1 : 0), sizeof pair);
   V value = splat<V>(pair, std::make_integer_sequence<int, LANES>{});
   Bits bits;
   std::memcpy(&bits, &value, sizeof bits);
-  bits = first ? bits << 16 : bits & 0xffff0000;
+  bits = last ? bits & 0xffff0000 : bits << 16;
   std::memcpy(&value, &bits, sizeof bits);
   return value;
 }
@@ -105,6 +105,7 @@ struct TileTaps {
 template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
 inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
+  constexpr Nan NAN_IS = sizeof(Tap) == 2 ? Nan::OF_HALVES : Nan::ANY;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
   const TileTaps<Tap, K, TAPS_INNERMOST, COLUMNS> taps_of_tile(taps, at);
@@ -121,7 +122,7 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
-          const auto tap = factor<V>(taps_of_tile(offset, column, t), t == 0);
+          const auto tap = factor<V>(taps_of_tile(offset, column, t), t == K - 1);
           for (int v = 0; v < VECTORS; ++v) sums[column][v] += tap * values[v];
         }
       }
@@ -129,7 +130,7 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const auto tap = factor<V>(taps + offset + column * at.tap_output + t * at.tap_column, t == 0);
+          const auto tap = factor<V>(taps + offset + column * at.tap_output + t * at.tap_column, t == at.taps - 1);
           const Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
           for (int v = 0; v < VECTORS; ++v) sums[column][v] += tap * load<V>(position + v * LANES);
         }
@@ -137,8 +138,8 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
   }
 #pragma GCC unroll 8
   for (int column = 0; column < COLUMNS; ++column)
-    if constexpr (VECTORS == 2) store_as(y + column * at.y_column, sums[column][0], sums[column][1]);
-    else store_as(y + column * at.y_column, sums[column][0]);
+    if constexpr (VECTORS == 2) store_as<NAN_IS>(y + column * at.y_column, sums[column][0], sums[column][1]);
+    else store_as<NAN_IS>(y + column * at.y_column, sums[column][0]);
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
@@ -164,7 +165,7 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
-          const auto tap = factor<V>(taps_of_tile(offset, column, t), t == 0);
+          const auto tap = factor<V>(taps_of_tile(offset, column, t), t == K - 1);
           for (int v = 0; v < VECTORS; ++v) sums[v] += tap * grads[column][v];
         }
         for (int v = 0; v < VECTORS; ++v) store<V>(line + position * WIDTH + v * LANES, sums[v]);
@@ -173,7 +174,7 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
       for (Index t = 0; t < at.taps; ++t)
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
-          const auto tap = factor<V>(taps + offset + column * at.tap_output + t * at.tap_column, t == 0);
+          const auto tap = factor<V>(taps + offset + column * at.tap_output + t * at.tap_column, t == at.taps - 1);
           Real* position = line + (column * at.stride + t * at.dilation) * WIDTH;
           for (int v = 0; v < VECTORS; ++v)
             store<V>(position + v * LANES, load<V>(position + v * LANES) + tap * grads[column][v]);
@@ -193,6 +194,7 @@ void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines
   auto* y = static_cast<std::conditional_t<FORWARD, Value, const Value>*>(outputs);
   Index column = 0;
   const auto run = [&](auto width) {
+    if (column + width > columns) return;
     const Index all = ceil_div(at.fetched * width, CACHE_LINE), of_line = all > AT_ONCE ? all / most(1, lines.size()) : 0;
     const Index of_tile = all - of_line * lines.size();
     const char* next = coming;

@@ -128,18 +128,24 @@ inline V widened(Halves<LANES_OF<V>> halves) {
   return result;
 }
 
+// Whether floats may be any NaN. Those that come of elements of 16 bits alone have a lower half of zeros, or are the processor's own,
+// which have, too: rounded like numbers to bfloat16 they stay NaN.
+enum class Nan { ANY, OF_HALVES };
+
 #if defined(__AVX2__)
 // Floats as `narrow` rounds them to bfloat16, in the lower halves of words.
+template <Nan NAN_IS>
 inline __m256i rounded_to_bfloat16(__m256 floats) {
   const __m256i bits = _mm256_castps_si256(floats), odd = _mm256_srli_epi32(_mm256_slli_epi32(bits, 15), 31);
   const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  if constexpr (NAN_IS == Nan::OF_HALVES) return _mm256_srli_epi32(up, 16);
   const __m256 nan = _mm256_cmp_ps(floats, floats, _CMP_UNORD_Q), quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
   return _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, nan)), 16);
 }
 #endif
 
 // A vector of floats as elements of 16 bits.
-template <class Element, class V>
+template <class Element, Nan NAN_IS = Nan::ANY, class V>
 inline Halves<LANES_OF<V>> narrowed(V floats) {
   constexpr int LANES = LANES_OF<V>;
   using Result = Halves<LANES>;
@@ -157,7 +163,7 @@ inline Halves<LANES_OF<V>> narrowed(V floats) {
 #endif
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<Element, BFloat16> && LANES == 8) {
-    const __m256i rounded = rounded_to_bfloat16(__m256(floats));
+    const __m256i rounded = rounded_to_bfloat16<NAN_IS>(__m256(floats));
     return Result(_mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
   }
 #endif
@@ -179,25 +185,25 @@ inline Halves<LANES_OF<V>> narrowed(V floats) {
   }
 }
 // Two of them: four lanes of `a` and of `b` in turn.
-template <class Element, class V, int... I>
+template <class Element, Nan NAN_IS = Nan::ANY, class V, int... I>
 inline Halves<2 * LANES_OF<V>> narrowed_in_turn(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<Element, BFloat16> && LANES_OF<V> == 8)
-    return Halves<16>(_mm256_packus_epi32(rounded_to_bfloat16(__m256(a)), rounded_to_bfloat16(__m256(b))));
+    return Halves<16>(_mm256_packus_epi32(rounded_to_bfloat16<NAN_IS>(__m256(a)), rounded_to_bfloat16<NAN_IS>(__m256(b))));
 #endif
-  return pick<std::uint16_t>(narrowed<Element>(a), narrowed<Element>(b),
+  return pick<std::uint16_t>(narrowed<Element, NAN_IS>(a), narrowed<Element, NAN_IS>(b),
                              std::integer_sequence<int, (I / 8 * 4 + I % 4 + (I % 8 < 4 ? 0 : LANES_OF<V>))...>{});
 }
 // The same, one behind the other.
-template <class Element, class V>
+template <class Element, Nan NAN_IS = Nan::ANY, class V>
 inline Halves<2 * LANES_OF<V>> narrowed(V a, V b) {
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<Element, BFloat16> && LANES_OF<V> == 8) {
-    const auto in_turn = narrowed_in_turn<Element>(a, b, std::make_integer_sequence<int, 16>{});
+    const auto in_turn = narrowed_in_turn<Element, NAN_IS>(a, b, std::make_integer_sequence<int, 16>{});
     return Halves<16>(_mm256_permute4x64_epi64(__m256i(in_turn), 0b11011000));
   }
 #endif
-  return joined<std::uint16_t>(narrowed<Element>(a), narrowed<Element>(b));
+  return joined<std::uint16_t>(narrowed<Element, NAN_IS>(a), narrowed<Element, NAN_IS>(b));
 }
 
 // A vector V of the type computed in, from elements of any type at any address, and one or two of them to such elements.
@@ -206,15 +212,15 @@ inline V load_as(const Element* from) {
   if constexpr (sizeof(Element) == 2) return widened<V, Element>(load<Halves<LANES_OF<V>>>(&from->bits));
   else return load<V>(from);
 }
-template <class Element, class V>
+template <Nan NAN_IS = Nan::ANY, class Element, class V>
 inline void store_as(Element* to, V value) {
-  if constexpr (sizeof(Element) == 2) store<Halves<LANES_OF<V>>>(&to->bits, narrowed<Element>(value));
+  if constexpr (sizeof(Element) == 2) store<Halves<LANES_OF<V>>>(&to->bits, narrowed<Element, NAN_IS>(value));
   else store<V>(to, value);
 }
-template <class Element, class V>
+template <Nan NAN_IS = Nan::ANY, class Element, class V>
 inline void store_as(Element* to, V a, V b) {
   if constexpr (sizeof(Element) == 2) {
-    store<Halves<2 * LANES_OF<V>>>(&to->bits, narrowed<Element>(a, b));
+    store<Halves<2 * LANES_OF<V>>>(&to->bits, narrowed<Element, NAN_IS>(a, b));
   } else {
     store<V>(to, a);
     store<V>(to + LANES_OF<V>, b);
