@@ -124,6 +124,19 @@ def test_sizes_that_are_cut_into_tasks(size: tuple[int, int], reduced: int) -> N
     _check_gradients(each, torch.float64, "channels_last")
 
 
+@pytest.mark.usefixtures("variant")
+def test_nan_of_an_accurate_weight_stays_in_bfloat16() -> None:
+    """All its bits are set, so that rounding it as if it were a number would turn it to zero."""
+    each = case((9, 20), 3, padding=1, batch=1, groups=2, group_channels=16)
+    x, features, weight, bias = _tensors(each, torch.bfloat16)
+    weight = weight.float()
+    weight[0, 0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    for lay in (LAYOUTS["contiguous"][0], LAYOUTS["channels_last"][0]):
+        got = _call(lay(x, 2), lay(features, 2), weight, bias.float(), each)
+        assert bool(got[:, :16, 1:, 1:].isnan().all())
+        assert not got[:, 16:].isnan().any()
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     each = case((28, 30), 7, padding=3, batch=3, groups=4, group_channels=16)
     tensors, grad = _tensors(each, torch.float32, 16), each.tensors(torch.float32)[2]

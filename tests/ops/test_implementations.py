@@ -23,6 +23,7 @@ from ..cases import (
     case,
     drawn_cases,
     problem,
+    run_reference,
     run_served,
 )
 
@@ -89,6 +90,26 @@ def test_half_types_accumulate_in_float32(dtype: torch.dtype) -> None:
 
     got = torch.ops.involution.grad_kernel(ones[..., :1], ones[..., :1], 1, [1], [1], [0], [1])
     torch.testing.assert_close(got, tap[..., :1, :] * n, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("variant")
+def test_nan_and_infinity_stay_where_the_formula_puts_them(dtype: torch.dtype, layout: str) -> None:
+    """NaN of all its bits, which rounding as if it were a number would turn to zero, in one element of each tensor."""
+    each = case((12, 23), 7, batch=1, groups=2, group_channels=16)
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    nan = torch.tensor([-1, torch.iinfo(words).max], dtype=words).view(dtype)
+    for value in (*nan, torch.tensor(torch.inf, dtype=dtype)):
+        for spoilt in range(3):
+            tensors = each.tensors(dtype)
+            tensors[spoilt].flatten()[tensors[spoilt].numel() // 2] = value
+            x, kernel, grad = (lay(t, 2) for lay, t in zip(LAYOUTS[layout], tensors, strict=True))
+            for op in OPS:
+                got = run_served(op, x, kernel, grad, each.window)
+                expected = run_reference(op, x.double(), kernel.double(), grad.double(), each.window)
+                assert torch.equal(got.isnan(), expected.isnan()), (op, spoilt, value)
+                assert torch.equal(got.isinf(), expected.isinf()), (op, spoilt, value)
 
 
 _REPEATED = (
