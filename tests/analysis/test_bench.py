@@ -63,6 +63,19 @@ def test_every_variant_is_recorded_with_its_settings(tmp_path, capsys):
     assert f"call overhead: {1e3 * rows[-1].p50_ms:.1f} microseconds" in out
 
 
+def test_processes_do_a_part_of_the_batch_each(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = bench_variants.variants([(2, 64, 8), (3, 64, 8)], ["forward"], rounds=1, out=tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    (processes,) = (row for row in rows if row.contender == "processes")
+    (base,) = (row for row in rows if row.contender == "base" and row.shape == "2x64x8x8")
+    assert (processes.shape, processes.threads, processes.base) == ("2x64x8x8", 2, "base")
+    assert processes.gflops * processes.p50_ms == pytest.approx(base.gflops * base.p50_ms, rel=1e-2)
+
+
 def test_one_thread_is_one_thread_and_for_one_call_only():
     threads, seen = torch.get_num_threads(), []
     bench_variants._on_one_thread(lambda: seen.append(torch.get_num_threads()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ import torch
 
 from involution import cost
 from involution.analysis import contenders, record, table
+from involution.analysis.beside import Beside
 from involution.analysis.memory import Step
 from involution.analysis.plot import draw
 from involution.analysis.problem import PASSES, SHAPES, Problem, check, problems, timed
 from involution.analysis.record import Row
 
-_BASE, _ONE_THREAD = "base", "one thread"
+_BASE, _ONE_THREAD, _PROCESSES = "base", "one thread", "processes"
 _VARIANTS: dict[str, dict[str, Any]] = {
     _BASE: {},
     "contiguous": {"layout": "contiguous"},
@@ -41,7 +43,9 @@ def variants(
 
     The base is float32, channels_last, K 7 and D 16. A ratio is how many times as long a variant takes as the base for
     each FLOP, that is the base's GFLOP/s divided by the variant's. A second table tells how near memory is to its
-    limit: the bandwidth if each tensor were moved once, as a share of that of a copy in the same run.
+    limit: the bandwidth if each tensor were moved once, as a share of that of a copy in the same run. Where the batch
+    can be dealt out, as many processes as there are threads also do a part of the base each, on one thread: what the
+    base would take if threads cost nothing.
 
     Args:
         shapes: batch, channels and side of each input; the default is where RedNet-50 uses its involutions. 64 must
@@ -81,6 +85,13 @@ def _rows(
     operators = {key: contenders.ours(problem.kernel_size) for key, problem in cases.items()}
     for key, run in operators.items():
         check(run, *tensors[key])
+    threads = torch.get_num_threads()
+    bases = {shape: problem for (name, shape), problem in cases.items() if name == _BASE}
+    parts = {
+        shape: replace(problem, batch=problem.batch // threads)
+        for shape, problem in bases.items()
+        if threads > 1 and problem.batch % threads == 0
+    }
     rows = []
     for direction in directions:
         print(f"timing {direction} ...", file=sys.stderr, flush=True)
@@ -88,22 +99,29 @@ def _rows(
         for key in runs:
             if key[0] == _ONE_THREAD:
                 runs[key] = partial(_on_one_thread, runs[key])
-        copies = {(contenders.COPY, shape): contenders.copy() for name, shape in cases if name == _BASE}
-        for (name, shape), times in cost.interleaved(runs | copies, rounds, warm_up=3, seconds=300).items():
+        copies = {(contenders.COPY, shape): contenders.copy() for shape in bases}
+        with Beside(threads - 1 if parts else 0, _steps, [*parts.values()], direction) as others:
+            for which, (shape, step) in enumerate(zip(parts, _steps([*parts.values()], direction), strict=True)):
+                runs[_PROCESSES, shape] = partial(_on_one_thread, partial(others.run, which, step))
+            found = cost.interleaved(runs | copies, rounds, warm_up=3, seconds=300)
+        for (name, shape), times in found.items():
             if name == contenders.COPY:
                 figures = record.figures(times, 0.0, contenders.COPY_MEGABYTES)
-                rows.append(
-                    Row("variants", name, name, direction, **cases[_BASE, shape].described(), **figures, **here)
-                )
+                rows.append(Row("variants", name, name, direction, **bases[shape].described(), **figures, **here))
                 continue
-            x, kernel, _ = tensors[name, shape]
+            key = (_BASE if name == _PROCESSES else name, shape)
+            x, kernel, _ = tensors[key]
             megaflops = 2e-6 * PASSES[direction] * x.numel() * kernel.shape[2] ** 2
             megabytes = 1e-6 * PASSES[direction] * x.element_size() * (2 * x.numel() + kernel.numel())
             figures = record.figures(times, megaflops, megabytes)
             where = here | {"threads": 1} if name == _ONE_THREAD else here
-            described = cases[name, shape].described()
-            rows.append(Row("variants", name, _BASE, direction, **described, **figures, **where))
+            rows.append(Row("variants", name, _BASE, direction, **cases[key].described(), **figures, **where))
     return rows
+
+
+def _steps(problems: Sequence[Problem], direction: str) -> list[Step]:
+    """What is timed of each problem."""
+    return [timed(contenders.ours(problem.kernel_size), *problem.tensors(), direction) for problem in problems]
 
 
 def _on_one_thread(run: Step) -> None:

@@ -1,0 +1,43 @@
+"""Work beside other processes: they do theirs for as long as this one does, and end with it."""
+
+from functools import partial
+from multiprocessing import active_children
+from pathlib import Path
+from time import sleep
+
+import pytest
+
+from involution.analysis.beside import Beside
+
+
+def steps(folder: Path):
+    """Each adds a letter to a file of its own, slowly."""
+    return [partial(add, folder / name) for name in ("a", "b")]
+
+
+def add(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("x")
+    sleep(0.001)
+
+
+def failing():
+    raise OSError("no such problem")
+
+
+def test_others_do_the_step_that_is_run(tmp_path):
+    with Beside(1, steps, tmp_path) as others:
+        sleep(0.1)
+        assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["x", "x"]  # once, before anything is run
+        others.run(1, partial(sleep, 0.5))
+        assert (tmp_path / "a").read_text() == "x"
+        count = len((tmp_path / "b").read_text())
+        assert count > 10
+        sleep(0.3)
+        assert len((tmp_path / "b").read_text()) < count + 10  # they stop soon after
+    assert not active_children()
+
+
+def test_a_process_that_fails_is_told():
+    with pytest.raises(RuntimeError, match=r"a process beside this one ended with exit code 1\."), Beside(1, failing):
+        pass
