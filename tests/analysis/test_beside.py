@@ -21,8 +21,17 @@ def add(path: Path) -> None:
     sleep(0.001)
 
 
-def failing():
+def failing_once(path: Path):
+    """The first of the processes to come here fails."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return [partial(sleep, 0.001)]
     raise OSError("no such problem")
+
+
+def failing_later():
+    return [iter([None]).__next__]
 
 
 def test_others_do_the_step_that_is_run(tmp_path):
@@ -38,6 +47,14 @@ def test_others_do_the_step_that_is_run(tmp_path):
     assert not active_children()
 
 
-def test_a_process_that_fails_is_told():
-    with pytest.raises(RuntimeError, match=r"a process beside this one ended with exit code 1\."), Beside(1, failing):
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_process_that_fails_is_told(others, tmp_path):
+    told = pytest.raises(RuntimeError, match=r"a process beside this one ended with exit code 1\.")
+    with told, Beside(others, failing_once, tmp_path / "first"):
         pass
+    assert not active_children()
+
+
+def test_a_process_that_fails_later_is_told():
+    with pytest.raises(RuntimeError, match="ended with exit code 1"), Beside(1, failing_later) as others:
+        others.run(0, partial(sleep, 0.1))

@@ -57,12 +57,13 @@ struct GradKernel : Alone {
         x_depth(times(x_row, x_rows)),
         x_group(times(times(x_columns, chunks, x_rows, p.kernel[0]) | 1, LANES)),  // odd, so that groups spread over the cache
         at(layout()),
-        row(in_place ? choose_row_of_dots<Real, Element, LANES>(p, chunks) : choose_row_of_dots<Real, Real, LANES>(p, chunks)) {}
+        row(in_place ? choose_row_of_dots<Real, Element, LANES>(p, chunks)
+                     : choose_row_of_dots<Real, Real, LANES>(p, chunks)) {}
 
   bool y_in_one_run() const { return p.y_stride[1] == 1 && p.channels % SUMMED<LANES> == 0; }
   Dots layout() const {
-    return {p.kernel[2], p.stride[2], p.dilation[2], y_in_place ? p.y_stride[4] : chunks * SUMMED<LANES>, in_place ? p.kernel_stride[7] : taps_of(p), chunks,
-            taps_in_one_run(p) ? taps_of(p) * Index(sizeof(Element)) : 0};
+    return {p.kernel[2], p.stride[2], p.dilation[2], y_in_place ? p.y_stride[4] : chunks * SUMMED<LANES>,
+            in_place ? p.kernel_stride[7] : taps_of(p), chunks, taps_in_one_run(p) ? taps_of(p) * Index(sizeof(Element)) : 0};
   }
 
   struct Scratch {

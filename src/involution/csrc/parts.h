@@ -20,7 +20,7 @@ struct Parts {
   }
 };
 
-// SUMMED elements of each part, `at` places from where `from` says, as one vector of the type computed in.
+// SUMMED elements of each part, `at` places from where `from` says, as one vector.
 template <int LANES, class Element>
 inline auto join_parts(const Element* const* from, Index at) {
   if constexpr (LANES > 4) return joined<Element>(join_parts<LANES / 2>(from, at), join_parts<LANES / 2>(from + LANES / 8, at));

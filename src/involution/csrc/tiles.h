@@ -19,7 +19,7 @@ struct Layout {
 // How the taps of a row of outputs lie: one output behind the other, or one tap behind the other, in memory or made in the scratch.
 enum class Taps { IN_RUNS, IN_PLANES, IN_SCRATCH };
 
-// Whether lines of bfloat16 taps are too short for `factor` below, which reads two.
+// Whether lines of bfloat16 taps are too short for `factor` below, which reads two. Then these are copied, and outputs, too.
 template <class Element>
 bool taps_alone(const Problem& p) {
   return std::is_same_v<Element, BFloat16> && p.kernel[2] == 1;
@@ -29,17 +29,17 @@ bool taps_alone(const Problem& p) {
 // if outputs are read or written where they lie, too.
 template <class Real, class Element>
 bool taps_in_place(const Problem& p, bool y_in_place) {
-  if (std::is_same_v<Element, BFloat16>) return y_in_place && p.kernel_stride[4] == 1 && !taps_alone<Element>(p);
+  if (std::is_same_v<Element, BFloat16>) return y_in_place && p.kernel_stride[4] == 1;
   return std::is_same_v<Real, Element> && (taps_innermost(p) || p.kernel_stride[7] == 1);
 }
 
 // A tap, to multiply a vector V with.
 template <class V, class Real>
-inline Real factor(const Real* tap, bool) {
+inline Real factor(const Real* tap, bool /*last*/) {
   return *tap;
 }
-template <class V, class Real, int... I>
-inline V splat(Real value, std::integer_sequence<int, I...>) {
+template <class V, int... I>
+inline V splat(float value, std::integer_sequence<int, I...>) {
   return V{(static_cast<void>(I), value)...};
 }
 // A word holds two of bfloat16, each the upper half of a float. A tap is read with the one behind it, as the lower half of both, and
@@ -105,6 +105,7 @@ struct TileTaps {
 template <int COLUMNS, int WIDTH, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
 inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
+  static_assert(VECTORS <= 2);
   constexpr Nan NAN_IS = sizeof(Tap) == 2 ? Nan::OF_HALVES : Nan::ANY;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};

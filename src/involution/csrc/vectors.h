@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -128,8 +129,8 @@ inline V widened(Halves<LANES_OF<V>> halves) {
   return result;
 }
 
-// Whether floats may be any NaN. Those that come of elements of 16 bits alone have a lower half of zeros, or are the processor's own,
-// which have, too: rounded like numbers to bfloat16 they stay NaN.
+// Whether floats may be any NaN. Those that come of bfloat16 alone have a lower half of zeros, or are the processor's own, which have,
+// too: rounded to bfloat16 like numbers they stay NaN. This saves instructions where it can, and means nothing to other types.
 enum class Nan { ANY, OF_HALVES };
 
 #if defined(__AVX2__)
