@@ -1,5 +1,7 @@
 """Work beside other processes: they do theirs at the same time, and end with it."""
 
+import subprocess
+import sys
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -58,3 +60,20 @@ def test_a_process_that_fails_is_told(others, tmp_path):
 def test_a_process_that_fails_later_is_told():
     with pytest.raises(RuntimeError, match="ended with exit code 1"), Beside(1, failing_later) as others:
         others.run(0, int)
+
+
+def test_others_end_where_this_process_is_killed():
+    """They hold its output open, so that it ends only when they do."""
+    script = """
+import time
+from involution.analysis.beside import Beside
+if __name__ == "__main__":
+    with Beside(1, list):
+        print("ready", flush=True)
+        time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.communicate(timeout=30) == ("", None)
