@@ -38,7 +38,7 @@ inline void tile_of_taps(Real* taps, Index tap_step, Index taps_next, const Real
 // a ring.
 template <class Real, int LANES, class Element>
 struct ByColumn {
-  static constexpr bool IN_PAIRS = false, MANY_REGISTERS = sizeof(Real) * LANES == 64;
+  static constexpr bool LANES_ARE_CHANNELS = false, MANY_REGISTERS = sizeof(Real) * LANES == 64;
   const Problem& p;
   const bool unit;           // taps of a line lie next to each other
   const Index together;      // rows of outputs that share what they read

@@ -36,10 +36,6 @@ inline void dots(V* results, const V* grads, const Real* x, Index step, Index ch
   if (COUNT > ALL) results[1] = sums_of_lanes<LANES>(sums + ALL);
 }
 
-// Elements as they are stored: of those of 16 bits only the bits.
-template <class Element>
-using Stored = std::conditional_t<sizeof(Element) == 2, std::uint16_t, Element>;
-
 // The gradients of COUNT taps at each of the outputs OUTPUT of a vector, `at` places from `taps`. `exact`: no more is written.
 template <int COUNT, class Bits, class V, int... OUTPUT>
 inline void store_taps(Bits* const* taps, Index at, V dots, bool exact, std::integer_sequence<int, OUTPUT...>) {

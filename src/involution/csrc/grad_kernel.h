@@ -32,7 +32,7 @@ void write_taps(Element* to, const Problem& p, const Real* from, Index outputs) 
 // Rows of x are packed into a ring, each once, when the first outputs come to it.
 template <class Real, int LANES, class Element>
 struct GradKernel : Alone {
-  static constexpr bool IN_PAIRS = false;
+  static constexpr bool LANES_ARE_CHANNELS = false;
   const Problem& p;
   // Whether the loop writes where the gradients belong, and reads the outputs' where they are. If these are of another type than
   // that computed in, it does both or neither.

@@ -26,14 +26,21 @@
 
 namespace {
 
-// Calls body(plan) for the op on a problem, with the widest registers, unless a group (or a row) fits into narrower ones; with pairs
-// of them where it fills pairs.
+// Calls body(plan) for the op on a problem, with the widest registers, unless a group (or a row) fits into narrower ones. Where lanes
+// are channels of float, with pairs of registers if a group fills pairs, and with as many groups of four as fill one.
 template <template <class, int, class> class Op, class Real, class Element, class Body>
 int with_lanes(const Problem& p, Index wanted, const Index* size, const Body& body) {
   constexpr int MOST = VECTOR_BYTES / int(sizeof(Real));
+  constexpr bool BY_CHANNEL = Op<Real, MOST, Element>::LANES_ARE_CHANNELS && sizeof(Real) == 4;
+  if constexpr (BY_CHANNEL && MOST > SHARED)
+    if (share_vectors(p, MOST)) {
+      Problem joined = p;
+      joined.joined = MOST / SHARED, joined.groups /= joined.joined, joined.channels = MOST;
+      return body(PlanOf<Op<Real, MOST, Element>>(joined, size));
+    }
   if (MOST >= 16 && wanted <= 4) return body(PlanOf<Op<Real, MOST >= 16 ? MOST / 4 : MOST, Element>>(p, size));
   if (MOST >= 8 && wanted <= MOST / 2) return body(PlanOf<Op<Real, MOST >= 8 ? MOST / 2 : MOST, Element>>(p, size));
-  if constexpr (Op<Real, MOST, Element>::IN_PAIRS)
+  if constexpr (BY_CHANNEL)
     if (ceil_div(wanted, MOST) % 2 == 0) return body(PlanOf<Op<Real, 2 * MOST, Element>>(p, size));
   return body(PlanOf<Op<Real, MOST, Element>>(p, size));
 }

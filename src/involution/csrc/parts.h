@@ -20,6 +20,10 @@ struct Parts {
   }
 };
 
+// Elements as they are stored: of those of 16 bits only the bits.
+template <class Element>
+using Stored = std::conditional_t<sizeof(Element) == 2, std::uint16_t, Element>;
+
 // SUMMED elements of each part, `at` places from where `from` says, as one vector.
 template <int LANES, class Element>
 inline auto join_parts(const Element* const* from, Index at) {

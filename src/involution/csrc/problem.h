@@ -24,9 +24,10 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   void *grad_features, *grad_weight, *grad_bias;
   void* partial;  // of the gradients of weight and bias: [lot][group, tap][padded(reduced)], then [lot][group, tap]
   void* after;    // what follows the forward pass, `Scaled` of layer.h; null: nothing
+  Index joined;   // if not 0: a group is that many of them, whose channels share vectors, and kernel_stride[1] their step
 };
 
-static_assert(sizeof(Problem) == 63 * 8, "cpu.py packs 63 words");
+static_assert(sizeof(Problem) == 64 * 8, "cpu.py packs 64 words");
 
 enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 

@@ -15,7 +15,7 @@ from torch import Tensor
 Ints = Sequence[int]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("11P")  # together `struct Problem` of csrc/problem.h
+_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("12P")  # together `struct Problem` of csrc/problem.h
 # Together, with a norm twice, `struct Layer` of csrc/layer.h.
 _PRODUCT, _SOURCE, _NORM = struct.Struct("3P"), struct.Struct("6q"), struct.Struct("4Pdq")
 _PADDED = 16  # rows of partial sums are whole vectors of any width
@@ -89,7 +89,7 @@ def layer(
     given = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), span.data_ptr(), span_bias)
     around = _PRODUCT.pack(source.data_ptr(), weight.data_ptr(), bias) + of_source
     around += _NORM.pack(*norms[:4], eps[0], relu[0]) + _NORM.pack(*norms[4:], eps[1], relu[1])
-    _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 5), around), x, window)
+    _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 6), around), x, window)
 
 
 def generated_grad_x(
@@ -157,7 +157,7 @@ def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> Non
 def _problem(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -> bytes:
     _check_alike(x, kernel, y)
     sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
-    return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 8)
+    return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 9)
 
 
 def _call_generated(
@@ -182,7 +182,7 @@ def _call_generated(
     )
     given = (features.data_ptr(), weight.data_ptr(), _address(bias))
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
-    _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled, 0),), x, window)
+    _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled, 0, 0),), x, window)
 
 
 def _address(tensor: Tensor | None) -> int:
