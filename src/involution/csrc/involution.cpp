@@ -6,7 +6,8 @@
 // The plan of all ops. A task is a block of rows (and columns) of one image. The rows the block needs are packed into a
 // scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
 //   forward, grad_x   lanes are channels of the group, a tap of the kernel is a scalar that multiplies all lanes, and a
-//                     tile of columns stays in registers, so that a vector read once serves up to K columns;
+//                     tile of columns stays in registers, so that a vector read once serves up to K columns; groups of
+//                     four channels share vectors, each with its own taps;
 //   grad_kernel       lanes are channels at a few outputs, and are added up for four taps of a line at a time;
 //   ... in planes     (contiguous, or generated) lanes are columns, and a tile of taps at several rows stays in registers.
 // Packing makes strides, element types and image borders vanish from the loops; it costs one copy for every K * K uses.
