@@ -137,7 +137,8 @@ def drawn_cases(draw: st.DrawFn) -> Case:
     padding = per_axis(0, 4)
     needed = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
     size = tuple(max(1, n) + draw(st.integers(0, 20 // rank**2)) for n in needed)
-    groups, group_channels = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    # Fours of channels share vectors where there are enough of them.
+    groups, group_channels = draw(st.integers(1, 3) | st.sampled_from((4, 8))), draw(st.just(4) | st.integers(1, 20))
     return case(size, kernel_size, stride, padding, dilation, draw(st.integers(0, 3)), groups, group_channels)
 
 

@@ -20,8 +20,8 @@ STEPS = 8  # of an epoch
 PACE = {"images/s", "waiting"}  # depend on the machine
 FIT = [
     *("fit", "--model.options.base_width", "16", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1"),
-    *("--data.batch_size", "128", "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"),
-    *("--trainer.accelerator", "cpu"),
+    *("--data.size", "16", "--data.batch_size", "128", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
 ]
 
 

@@ -1,4 +1,4 @@
-// What forward and grad_x share: lanes are channels of a group.
+// What forward and grad_x share: lanes are channels of a group, or of several that share vectors.
 
 #pragma once
 
@@ -15,7 +15,7 @@ template <bool FORWARD, class Real, int WIDTH, class Element>
 struct ByChannel : Alone {
   const Problem& p;
   const bool generates_taps;
-  const Index joined;  // groups that share a vector
+  const Index sharing;  // groups that share a vector, at least one
   // Rows of outputs that all groups run on in turn. Where the taps of all groups lie together, position by position, one is enough
   // for them to be read in order. Where each lies in a plane, a line of the cache holds taps of many columns, or rows. Generated
   // ones are those of a whole task.
@@ -34,7 +34,7 @@ struct ByChannel : Alone {
   ByChannel(const Problem& problem, Index groups, Index rows, Index columns, Index y_rows, Index outputs)
       : p(problem),
         generates_taps(p.weight != nullptr),
-        joined(most(1, p.joined)),
+        sharing(most(1, p.sharing)),
         together(generates_taps ? most(1, y_rows) : taps_innermost(p) ? 1 : ROWS_OF_PLANES),
         chunks(ceil_div(p.channels, WIDTH)),
         x_depths(FORWARD ? p.kernel[0] : 1),
@@ -56,7 +56,7 @@ struct ByChannel : Alone {
     const bool runs = !generates_taps && taps_innermost(p), scratch = generates_taps || copies_taps;
     const Taps taps = runs ? Taps::IN_RUNS : scratch ? Taps::IN_SCRATCH : Taps::IN_PLANES;
     if constexpr (sizeof(Real) == 4 && WIDTH == WIDEST && WIDTH > SHARED)
-      if (p.joined) return choose_row<FORWARD, Real, Element, WIDTH, WIDTH / SHARED>(at, taps, y_in_place);
+      if (sharing > 1) return choose_row<FORWARD, Real, Element, WIDTH, WIDTH / SHARED>(at, taps, y_in_place);
     return choose_row<FORWARD, Real, Element, WIDTH, 1>(at, taps, y_in_place);
   }
 
@@ -79,7 +79,7 @@ struct ByChannel : Alone {
       result.tap_row = times(p.kernel[2], pixels);
       result.tap_depth = times(p.kernel[1], result.tap_row);
       result.next_group = times(p.kernel[0], result.tap_depth);
-    } else if (taps_in_one_run(p)) result.fetched = joined * taps_of(p) * Index(sizeof(Element)) / most(1, chunks);
+    } else if (taps_in_one_run(p)) result.fetched = sharing * taps_of(p) * Index(sizeof(Element)) / most(1, chunks);
     return result;
   }
 
@@ -89,7 +89,7 @@ struct ByChannel : Alone {
     Lines* of_row;
   };
   Scratch scratch(Arena& arena) const {
-    const Index taps = joined * taps_of(p);
+    const Index taps = sharing * taps_of(p);
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
             arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, WIDTH)),
             arena.take<Real>(generates_taps ? times(pixels, taps) : copies_taps ? times(y_columns, taps) : 0),
@@ -138,8 +138,8 @@ struct ByChannel : Alone {
   // The taps `which` of a group where they are generated, at `vectors` vectors of pixels.
   void generate(const Scratch& s, Index group, Range which, Index vectors) const {
     if (!generates_taps) return;
-    for (Index i = 0; i < joined; ++i)
-      span<Real, WIDEST>(s.taps + i * at.next_group, p, group * joined + i, which, s.features, vectors, pixels);
+    for (Index i = 0; i < sharing; ++i)
+      span<Real, WIDEST>(s.taps + i * at.next_group, p, group * sharing + i, which, s.features, vectors, pixels);
   }
 
   // One row of the outputs of a group; `block` are those that all groups run on in turn.
@@ -161,15 +161,16 @@ struct ByChannel : Alone {
     } else {
       const Element* groups = static_cast<const Element*>(p.kernel_data) + outputs.batch * step[0] + outputs.depth * step[5] +
                         outputs.row * step[6] + outputs.columns.from * step[7];
-      const Element* kernel = groups + outputs.group * joined * step[1];
+      const Element* kernel = groups + outputs.group * sharing * step[1];
       // Behind the last row of a group comes the first one of the next.
       const bool last = outputs.row + 1 == outputs.block.to;
-      const Element* next = kernel + (last ? joined * step[1] - (outputs.block.size() - 1) * step[6] : step[6]);
+      const Element* next = kernel + (last ? sharing * step[1] - (outputs.block.size() - 1) * step[6] : step[6]);
       if (taps_innermost(p)) coming = reinterpret_cast<const char*>(groups + step[6]) + outputs.group * chunks * count * at.fetched;
       else if (!copies_taps) coming = reinterpret_cast<const char*>(next);
-      if (!copies_taps) taps = kernel;
-      for (Index i = 0; copies_taps && i < joined; ++i)
-        copy_taps(s.taps + i * at.next_group, at, p, kernel + i * step[1], next + i * step[1], depths, count);
+      if (copies_taps)
+        for (Index i = 0; i < sharing; ++i)
+          copy_taps(s.taps + i * at.next_group, at, p, kernel + i * step[1], next + i * step[1], depths, count);
+      else taps = kernel;
     }
     if (!FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);

@@ -35,9 +35,9 @@ int with_lanes(const Problem& p, Index wanted, const Index* size, const Body& bo
   constexpr bool BY_CHANNEL = Op<Real, MOST, Element>::LANES_ARE_CHANNELS && sizeof(Real) == 4;
   if constexpr (BY_CHANNEL && MOST > SHARED)
     if (share_vectors(p, MOST)) {
-      Problem joined = p;
-      joined.joined = MOST / SHARED, joined.groups /= joined.joined, joined.channels = MOST;
-      return body(PlanOf<Op<Real, MOST, Element>>(joined, size));
+      Problem shared = p;
+      shared.sharing = MOST / SHARED, shared.groups /= shared.sharing, shared.channels = MOST;
+      return body(PlanOf<Op<Real, MOST, Element>>(shared, size));
     }
   if (MOST >= 16 && wanted <= 4) return body(PlanOf<Op<Real, MOST >= 16 ? MOST / 4 : MOST, Element>>(p, size));
   if (MOST >= 8 && wanted <= MOST / 2) return body(PlanOf<Op<Real, MOST >= 8 ? MOST / 2 : MOST, Element>>(p, size));

@@ -24,7 +24,8 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   void *grad_features, *grad_weight, *grad_bias;
   void* partial;  // of the gradients of weight and bias: [lot][group, tap][padded(reduced)], then [lot][group, tap]
   void* after;    // what follows the forward pass, `Scaled` of layer.h; null: nothing
-  Index joined;   // if not 0: a group is that many of them, whose channels share vectors, and kernel_stride[1] their step
+  // Python leaves 0. Else so many groups share vectors: `groups` and `channels` count them as one, strides and rows of weights do not.
+  Index sharing;
 };
 
 static_assert(sizeof(Problem) == 64 * 8, "cpu.py packs 64 words");

@@ -59,11 +59,11 @@ inline V factor(const BFloat16* tap, bool last) {
   return value;
 }
 
-// Groups of four channels share vectors, GROUPS of them each: every four lanes have a tap of their own. Where taps lie in planes,
-// two loads and a blend for each tap cost more than they save unless lines are short.
+// Groups of so many channels share vectors, GROUPS of them each: every SHARED lanes have a tap of their own. Where taps lie in planes,
+// a load for each group and the blends between them cost more than they save, unless lines are short.
 constexpr int SHARED = 4;
 inline bool share_vectors(const Problem& p, Index lanes) {
-  return p.channels == SHARED && p.groups % (lanes / SHARED) == 0 && (taps_innermost(p) || p.kernel[2] < SHARED);
+  return p.channels == SHARED && p.groups % (lanes / SHARED) == 0 && (taps_innermost(p) || p.kernel[2] <= 3);
 }
 
 // The lanes of `lower` for the lower half of the groups, of `upper` for the others.
@@ -80,9 +80,10 @@ inline V factor_of(const Tap* tap, bool last, Index next_group) {
                             std::make_integer_sequence<int, LANES_OF<V>>{});
 }
 
-// Four taps next to each other, of each of the groups.
+// Four taps next to each other, of each of the groups: one for each of their lanes.
 template <int GROUPS, class V, class Tap>
 inline V fours(const Tap* taps, Index next_group) {
+  static_assert(LANES_OF<V> == 4 * GROUPS);
   const Stored<Tap>* of_group[GROUPS];
   for (int group = 0; group < GROUPS; ++group) of_group[group] = reinterpret_cast<const Stored<Tap>*>(taps + group * next_group);
   const auto values = join_parts<LANES_OF<V>>(of_group, 0);

@@ -7,11 +7,11 @@
 namespace {
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
-// once serves all vectors of the channels. K, S = 0: known at run time only.
+// once serves all vectors of the channels; or all lanes of one of GROUPS groups that share a vector. K, S = 0: known at run time only.
 template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
 inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
-  static_assert(VECTORS <= 2);
+  static_assert(VECTORS <= 2 && (GROUPS == 1 || WIDTH == GROUPS * SHARED));
   constexpr Nan NAN_IS = sizeof(Tap) == 2 ? Nan::OF_HALVES : Nan::ANY;
   using V = typename Vector<Real, LANES>::type;
   V sums[COLUMNS][VECTORS] = {};
