@@ -31,8 +31,18 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     original = library.call_on_cpu
     monkeypatch.setattr(functional, "_passed", {})
     monkeypatch.setattr(library, "call_on_cpu", lambda op, *args: calls.append(op) or original(op, *args))
+    for name, op in (("prepared_forward", library.forward), ("prepared_generated", library.generated)):
+        monkeypatch.setattr(cpu, name, _logged(getattr(cpu, name), op, calls))
     monkeypatch.setattr(cpu, "gradients", lambda *args: calls.append(BOTH) or gradients(*args))
     return calls
+
+
+def _logged(prepare: Callable[..., Callable[..., Tensor]], op: object, calls: list[object]) -> Callable[..., Any]:
+    def logged(*args: Any) -> Callable[..., Tensor]:
+        run = prepare(*args)
+        return lambda *tensors: calls.append(op) or run(*tensors)
+
+    return logged
 
 
 def test_the_second_call_is_direct_and_equal(direct: list[object]) -> None:
@@ -51,6 +61,24 @@ def test_the_second_call_of_a_layer_is_direct_and_equal(direct: list[object]) ->
     assert direct == [library.generated] * 2
     assert torch.equal(first, second)
     assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_of_other_strides_are_not_mistaken_for_earlier_ones(dtype: torch.dtype, direct: list[object]) -> None:
+    x, kernel, features = X.to(dtype), KERNEL.to(dtype), torch.randn(2, 3, 5, 5).to(dtype)
+    weight, bias = torch.randn(18, 3).to(dtype), torch.randn(18).to(dtype)
+    innermost = KERNEL.to(dtype).permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
+    wide = weight.repeat_interleave(2, 1)[:, ::2]
+    given, generated = involution(x, kernel, padding=1), generated_involution(x, features, weight, bias, 3, 1, 1)
+    for image in (x, x.to(memory_format=torch.channels_last), x.repeat_interleave(2, 3)[..., ::2]):
+        for k, w in ((kernel, weight), (innermost, wide)):
+            direct.clear()
+            for _ in range(2):
+                again, made = involution(image, k, padding=1), generated_involution(image, features, w, bias, 3, 1, 1)
+                torch.testing.assert_close(again, given)
+                torch.testing.assert_close(made, generated)
+                assert again.stride() == made.stride() == library.forward(image, k, (1, 1), (1, 1), (1, 1)).stride()
+            assert {library.forward, library.generated} <= set(direct)
 
 
 def _leaves() -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -53,6 +53,35 @@ def generated(
     _call_generated("involution_forward", x, out, span, (), kernel_size, window)
 
 
+def prepared_forward(out: Tensor, x: Tensor, kernel: Tensor, *window: Ints) -> Callable[[Tensor, Tensor], Tensor]:
+    """`forward`, into a new tensor like `out`, for tensors that differ from these in nothing but what they hold."""
+    sizes, shape, strides = _sizes_given(x, kernel, out, window), out.shape, out.stride()
+
+    def run(x: Tensor, kernel: Tensor) -> Tensor:
+        out = x.new_empty_strided(shape, strides)
+        _in_large_pages(out)
+        _run("involution_forward", (sizes + _addresses_given(x, kernel, out),), x, window)
+        return out
+
+    return run
+
+
+def prepared_generated(
+    out: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: Ints, *window: Ints
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`generated`, into a new tensor like `out`, for tensors that differ from these in nothing but what they hold."""
+    sizes, shape, strides = _sizes_generated(x, out, features, weight, kernel_size, window), out.shape, out.stride()
+
+    def run(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = x.new_empty_strided(shape, strides)
+        _in_large_pages(out)
+        span = (features, _accurate(weight), _accurate(bias))
+        _run("involution_forward", (sizes + _addresses_generated(x, out, span),), x, window)
+        return out
+
+    return run
+
+
 def layer(
     out: Tensor,
     x: Tensor,
@@ -81,7 +110,7 @@ def layer(
     _in_large_pages(out)
     weight, span = (_accurate(matrix) for matrix in (parameters[0], parameters[2]) if matrix is not None)
     features = torch.empty((weight.shape[0], source.shape[0], *source.shape[2:]), dtype=x.dtype, device=x.device)
-    sizes, of_source = _layer_sizes(
+    sizes, of_source = _pack_layer(
         *(x.dtype, x.shape, x.stride(), out.stride(), span.shape[0], tuple(kernel_size), weight.shape[0]),
         *(source.shape, source.stride(), *map(tuple, window)),
     )
@@ -155,9 +184,16 @@ def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> Non
 
 
 def _problem(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -> bytes:
+    return _sizes_given(x, kernel, y, window) + _addresses_given(x, kernel, y)
+
+
+def _sizes_given(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -> bytes:
     _check_alike(x, kernel, y)
-    sizes = _given_sizes(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
-    return sizes + _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 9)
+    return _pack_given(x.dtype, x.shape, x.stride(), y.stride(), kernel.shape, kernel.stride(), *map(tuple, window))
+
+
+def _addresses_given(x: Tensor, kernel: Tensor, y: Tensor) -> bytes:
+    return _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _call_generated(
@@ -173,16 +209,32 @@ def _call_generated(
 
     That is features, weight and bias; `grads` are their gradients and memory for partial sums, (lots, ...), or nothing.
     """
-    features, weight, bias = span
+    sizes = _sizes_generated(x, y, *span[:2], kernel_size, window, grads)
+    _run(name, (sizes + _addresses_generated(x, y, span, grads),), x, window)
+
+
+def _sizes_generated(
+    x: Tensor,
+    y: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    kernel_size: Ints,
+    window: Sequence[Ints],
+    grads: tuple[Tensor, ...] = (),
+) -> bytes:
     _check_alike(x, y, features)
     grad_stride, lots = (grads[0].stride(), len(grads[-1])) if grads else ((0,) * x.dim(), 0)
-    sizes = _generated_sizes(
+    return _pack_generated(
         *(x.dtype, x.shape, x.stride(), y.stride(), weight.shape[0] // prod(kernel_size), tuple(kernel_size)),
         *(features.shape, features.stride(), grad_stride, lots, *map(tuple, window)),
     )
-    given = (features.data_ptr(), weight.data_ptr(), _address(bias))
+
+
+def _addresses_generated(
+    x: Tensor, y: Tensor, span: tuple[Tensor, Tensor, Tensor | None], grads: tuple[Tensor, ...] = ()
+) -> bytes:
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
-    _run(name, (sizes + _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *given, *filled, 0, 0),), x, window)
+    return _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *map(_address, span), *filled, 0, 0)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -220,7 +272,7 @@ def _run(name: str, problems: Sequence[bytes], x: Tensor, window: Sequence[Ints]
 
 
 @lru_cache(maxsize=1024)
-def _given_sizes(
+def _pack_given(
     dtype: torch.dtype, x: Ints, x_stride: Ints, y_stride: Ints, kernel: Ints, kernel_stride: Ints, *window: Ints
 ) -> bytes:
     """The problem with a kernel of shape `kernel`."""
@@ -232,7 +284,7 @@ def _given_sizes(
 
 
 @lru_cache(maxsize=1024)
-def _generated_sizes(
+def _pack_generated(
     dtype: torch.dtype,
     x: Ints,
     x_stride: Ints,
@@ -251,7 +303,7 @@ def _generated_sizes(
 
 
 @lru_cache(maxsize=1024)
-def _layer_sizes(
+def _pack_layer(
     dtype: torch.dtype,
     x: Ints,
     x_stride: Ints,
@@ -269,7 +321,7 @@ def _layer_sizes(
     features_stride = (pixels, batch * pixels, *(prod(size[axis + 1 :]) for axis in range(len(size))))
     features, nothing = (batch, reduced, *size), (0,) * len(source)
     of_kernel = (taps // prod(kernel_size), kernel_size, features, features_stride, nothing, 0)
-    problem = _generated_sizes(dtype, x, x_stride, y_stride, *of_kernel, *window)
+    problem = _pack_generated(dtype, x, x_stride, y_stride, *of_kernel, *window)
     return problem, _SOURCE.pack(sources, *_lifted(source_stride))
 
 

@@ -6,6 +6,7 @@ Letters, here and everywhere: `B` batch, `C` channels, `G` groups, `D` = C / G c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -55,8 +56,8 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021.
     """
     given = (stride, padding, dilation)
-    if (settings := _settings_before(library.forward, (x, kernel), given)) is not None:
-        return library.call_on_cpu(library.forward, (x, kernel), *settings)
+    if (before := _before(library.forward, (x, kernel), given)) is not None:
+        return before(x, kernel)
     _check_tensor("x", x)
     _check_tensor("kernel", kernel)
     rank = _rank(x)
@@ -117,9 +118,8 @@ def generated_involution(
         torch.Size([2, 32, 13, 13])
     """
     given = (kernel_size, stride, padding, dilation)
-    before = _settings_before(library.generated, (x, features, weight, bias), given)
-    if before is not None:
-        return library.call_on_cpu(library.generated, (x, features, weight, bias), *before)
+    if (before := _before(library.generated, (x, features, weight, bias), given)) is not None:
+        return before(x, features, weight, bias)
     tensors = {"x": x, "features": features, "weight": weight, "bias": bias}
     for name, value in tensors.items():
         _check_tensor(name, value)
@@ -207,24 +207,24 @@ def local_products(
     return kernel
 
 
-# Settings, spelled out, of calls that have passed all checks, by all that these look at: to check takes longer than to
-# compute on a small image.
-_passed: dict[object, tuple[Any, ...]] = {}
+# What to do for calls that have passed all checks, by all that these look at, and by strides: to check, and to find out
+# what depends on nothing else, takes longer than to compute on a small image.
+_passed: dict[object, Callable[..., Tensor]] = {}
 _MOST_PASSED = 1024
 
 
-def _settings_before(op: object, tensors: tuple[Tensor, ...], given: tuple[object, ...]) -> tuple[Any, ...] | None:
-    """The settings, spelled out, if such a call passed all checks before and nothing watches this one; else None."""
+def _before(op: object, tensors: tuple[Tensor, ...], given: tuple[object, ...]) -> Callable[..., Tensor] | None:
+    """What gives op(*tensors), if such a call passed all checks before and nothing watches this one; else None."""
     return _passed.get(_looked_at(op, tensors, given)) if unwatched(tensors) else None
 
 
 def _call(op: OpOverload, tensors: tuple[Tensor, ...], given: tuple[object, ...], settings: tuple[Any, ...]) -> Tensor:
     """op(*tensors, *settings), which have passed all checks."""
+    out: Tensor = library.call(op, tensors, *settings) if transformed() else op(*tensors, *settings)
     if unwatched(tensors) and (looked_at := _looked_at(op, tensors, given)):
         if len(_passed) == _MOST_PASSED:
             _passed.clear()
-        _passed[looked_at] = settings
-    out: Tensor = library.call(op, tensors, *settings) if transformed() else op(*tensors, *settings)
+        _passed[looked_at] = library.prepared(op, tensors, settings, out)
     return out
 
 
@@ -233,7 +233,7 @@ def _looked_at(op: object, tensors: tuple[Tensor, ...], given: tuple[object, ...
     for value in given:
         if type(value) is not int and (type(value) is not tuple or any(type(entry) is not int for entry in value)):
             return None
-    return (op, given, *[(t.dtype, t.shape) for t in tensors])
+    return (op, given, *[(t.dtype, t.shape, t.stride()) for t in tensors])
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
