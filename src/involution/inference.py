@@ -11,21 +11,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from involution.generators import POINTWISE, BottleneckGenerator, pool
 from involution.ops import cpu
 from involution.ops.library import allocate
 from involution.ops.unwatched import recorded, unwatched
-from involution.pointwise import NORMS, is_watched
+from involution.pointwise import NORMS, PointwiseConv2d, is_watched
 
 if TYPE_CHECKING:
     from involution.nn import _Involution
 
-_NOTHING = nn.Identity()
+NOTHING = nn.Identity()
 _DTYPES = (torch.float32, torch.float64)
+_CONVS = (nn.Conv2d, PointwiseConv2d)
 
 
-def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.Module = _NOTHING) -> Tensor | None:
+def at_once(layer: _Involution, x: Tensor, norm: nn.Module = NOTHING, act: nn.Module = NOTHING) -> Tensor | None:
     """act(norm(layer(x))) by one call, or None where it takes more than that.
 
     One call serves float32 and float64 on a CPU, the standard generator, batch norms in evaluation mode and ReLU, or
@@ -73,6 +75,34 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = _NOTHING, act: nn.M
     settings = (window.kernel_size, window.stride, window.padding, window.dilation)
     cpu.layer(y, x, source, parameters, eps, relu, *settings)
     return y
+
+
+def follow(y: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, beside: Tensor | None = None) -> bool:
+    """Make of `y`, which `conv` gave, act(norm(y) + beside) by one pass over memory; False where that is not done.
+
+    It is done behind a convolution in two dimensions with channels innermost, and where `at_once` would be.
+    """
+    if torch.compiler.is_compiling() or type(y) is not Tensor or not y.is_cpu or y.dtype not in _DTYPES:
+        return False
+    # Whoever sees what a convolution gives may keep it.
+    seen = type(conv) not in _CONVS or conv._forward_hooks or "forward" in conv.__dict__ or _has_any_global_hook()
+    if seen or not cpu.available() or (behind := _norm(norm, act, 2)) is None:
+        return False
+    if behind.tensors[0] is None and beside is None:
+        return False  # one pass, or none, as it is
+    parameters = [t for t in behind.tensors if t is not None]
+    tensors = [y, *parameters] if beside is None else [y, *parameters, beside]
+    if not unwatched(tensors) or recorded(tensors):
+        return False
+    shape, dtype = y.shape, y.dtype
+    if len(shape) != 4 or not y.is_contiguous(memory_format=torch.channels_last) or y.numel() == 0:
+        return False
+    if not all(t.numel() == shape[1] and t.dtype is dtype and t.is_contiguous() for t in parameters):
+        return False  # where sizes do not fit, the norm says so
+    if beside is not None and (beside.shape != shape or beside.dtype is not dtype or beside.stride() != y.stride()):
+        return False
+    cpu.follow(y, behind.tensors, behind.eps, beside, behind.relu)
+    return True
 
 
 def _product(conv: Any) -> tuple[Tensor, Tensor | None] | None:

@@ -18,6 +18,7 @@ from involution.generators import (
     SpanGenerator,
     build,
 )
+from involution.inference import NOTHING
 from involution.ops.functional import generated_involution, involution
 from involution.ops.unwatched import autocast_enabled
 from involution.ops.window import IntOrInts, Window, whole
@@ -131,12 +132,21 @@ class _Involution(nn.Module):
         )
 
 
-def involve(layer: nn.Module, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
-    """act(norm(layer(x))), by one call where `layer` is an involution in inference and nothing watches."""
-    out = None
-    if isinstance(layer, _Involution) and type(layer) in _LAYERS:
+def followed(
+    layer: nn.Module, x: Tensor, norm: nn.Module = NOTHING, act: nn.Module = NOTHING, beside: Tensor | None = None
+) -> Tensor:
+    """act(norm(layer(x)) + beside), by fewer passes over memory where a network only infers and nothing watches."""
+    if beside is None and isinstance(layer, _Involution) and type(layer) in _LAYERS:
         out = inference.at_once(layer, x, norm, act)
-    return act(norm(layer(x))) if out is None else out
+        if out is not None:
+            return out
+    y: Tensor = layer(x)
+    if inference.follow(y, layer, norm, act, beside):
+        return y
+    y = y if norm is NOTHING else norm(y)  # which torch.fx would not know
+    if beside is not None:
+        y += beside
+    return y if act is NOTHING else act(y)
 
 
 class Involution1d(_Involution):

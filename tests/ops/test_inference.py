@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.profiler import profile
 
 from involution import Involution1d, Involution2d, Involution3d, inference
-from involution.nn import involve
+from involution.nn import followed
 from involution.ops import cpu, reference
 from involution.pointwise import PointwiseConv2d
 
@@ -81,14 +81,14 @@ def test_one_call_is_the_parts_in_turn(dtype: torch.dtype, layout: str, calls: l
         affine, plain = _drawn(_NORMS[rank - 1](channels)), _drawn(_NORMS[rank - 1](channels, affine=False))
         behind = [(affine, plain, nn.Identity())[number % 3].double(), (nn.ReLU, nn.Identity)[number // 3 % 2]()]
         x = LAYOUTS[layout][0](case.tensors(torch.float64)[0], rank)
-        alone, followed = _expected(layer, x), _expected(layer, x, *behind)
+        alone, with_both = _expected(layer, x), _expected(layer, x, *behind)
         layer, x = layer.to(dtype), LAYOUTS[layout][0](x.to(dtype), rank)
         behind = [module.to(dtype) for module in behind]
         close = {"rtol": 1e-10, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-4}
         before = len(calls)
         torch.testing.assert_close(layer(x).double(), alone, **close, msg=lambda text, c=case: f"{c}: {text}")
-        got = involve(layer, x, *behind)
-        torch.testing.assert_close(got.double(), followed, **close, msg=lambda text, c=case: f"{c}: {text}")
+        got = followed(layer, x, *behind)
+        torch.testing.assert_close(got.double(), with_both, **close, msg=lambda text, c=case: f"{c}: {text}")
         assert got.stride() == layer._involve(x).stride(), case
         assert len(calls) - before == (2 if x.numel() else 0), case
 
@@ -113,7 +113,7 @@ def test_bits_do_not_depend_on_threads(size: int, calls: list[torch.Size]) -> No
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(involve(layer, x, norm, nn.ReLU()))
+            found.append(followed(layer, x, norm, nn.ReLU()))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], y) for y in found[1:])
@@ -127,7 +127,7 @@ def test_what_is_no_number_stays_so(calls: list[torch.Size]) -> None:
     layer, norm = _drawn(Involution2d(32, 3)), _drawn(nn.BatchNorm2d(32))
     x = torch.randn(1, 32, 9, 9)
     x[0, 5, 4, 4] = torch.nan
-    y = involve(layer, x, norm, nn.ReLU())
+    y = followed(layer, x, norm, nn.ReLU())
     assert y[0, :, 4, 4].isnan().all()
     assert y[0, :16, 3:6, 3:6].isnan().sum() == 16 + 8
     assert y.isnan().sum() == 32 + 8
@@ -160,7 +160,7 @@ class _Net(nn.Module):
         self.layer, self.norm, self.act = Involution2d(32, 3, norm=nn.BatchNorm2d), nn.BatchNorm2d(32), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return involve(self.layer, x, self.norm, self.act)
+        return followed(self.layer, x, self.norm, self.act)
 
 
 _PARTS = ("project", "generator", "generator.reduce", "generator.norm", "generator.act", "generator.span")

@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "follow.h"
 #include "forward.h"
 #include "grad_kernel.h"
 #include "grad_planes.h"
@@ -95,6 +96,19 @@ int run_layer(Problem p, const Layer& layer) {
   return with_lanes<Forward, Real, Real>(p, p.channels, p.output, run);
 }
 
+template <class Real>
+int run_following(const Following& f) {
+  const auto pieces = [&](Arena& arena) -> Scaled<Real> { return {arena.take<Real>(f.channels), arena.take<Real>(f.channels), false}; };
+  Arena measure(nullptr);
+  pieces(measure);
+  char* memory = kept<Use::LAYER>().at_least((measure.used() + 4095) & ~Index(4095));
+  if (memory == nullptr) return 1;
+  Arena arena(memory);
+  Scaled<Real> norm = pieces(arena);
+  norm.fold(f.norm, f.channels);
+  return run_plans(Follow<Real>(f, norm));
+}
+
 }  // namespace
 
 extern "C" {
@@ -117,6 +131,9 @@ int involution_gradients(const Problem* x, const Problem* kernel) {
 int involution_layer(const Problem* p, const Layer* layer) {
   return p->dtype == FLOAT64 ? run_layer<double>(*p, *layer) : run_layer<float>(*p, *layer);
 }
+
+// Normalises y in place, and adds to it. For float32 and float64.
+int involution_follow(const Following* f) { return f->dtype == FLOAT64 ? run_following<double>(*f) : run_following<float>(*f); }
 
 // Asks for large pages behind fresh memory, of which the first write to each page of 4 KiB would stop for a page fault. A system
 // that has none, or grants none, is only slower.

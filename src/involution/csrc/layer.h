@@ -46,8 +46,11 @@ struct Scaled {
   }
   template <class V>
   V operator()(V value, V scales, V shifts) const {
-    const V result = value * scales + shifts;
-    return relu ? (result < 0 ? V{} : result) : result;  // NaN stays
+    return activated(V(value * scales + shifts));
+  }
+  template <class V>
+  V activated(V value) const {
+    return relu ? (value < 0 ? V{} : value) : value;  // NaN stays
   }
 };
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
+from involution.inference import NOTHING
 from involution.models.official import backbone
 from involution.models.recompute import recomputed, recomputes
-from involution.nn import Involution2d, involve
+from involution.nn import Involution2d, followed
 from involution.pointwise import PointwiseConv2d, fold_norms, is_watched
 
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -37,10 +38,10 @@ class ConvNorms(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the last layer gives."""
-        layers, nothing = iter(self), nn.Identity()
+        layers = iter(self)
         for layer in layers:
-            if isinstance(layer, Involution2d):
-                x = involve(layer, x, next(layers, nothing), next(layers, nothing))
+            if isinstance(layer, (Involution2d, nn.Conv2d)):
+                x = followed(layer, x, next(layers, NOTHING), next(layers, NOTHING))
             else:
                 x = layer(x)
         return x
@@ -75,11 +76,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The feature map of the block from that of the one before."""
-        y = self.act1(self.bn1(self.conv1(x)))
-        y = involve(self.conv2, y, self.bn2, self.act2)
-        y = self.bn3(self.conv3(y))
-        y += self.downsample(x)
-        return self.act3(y)
+        y = followed(self.conv1, x, self.bn1, self.act1)
+        y = followed(self.conv2, y, self.bn2, self.act2)
+        return followed(self.conv3, y, self.bn3, self.act3, self.downsample(x))
 
     def fuse(self) -> Self:
         """Fold the norms into the convolutions; `timm.utils.reparameterize_model` calls this. See `fold_norms`."""

@@ -18,6 +18,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("12P")  # together `struct Problem` of csrc/problem.h
 # Together, with a norm twice, `struct Layer` of csrc/layer.h.
 _PRODUCT, _SOURCE, _NORM = struct.Struct("3P"), struct.Struct("6q"), struct.Struct("4Pdq")
+_FOLLOWING = struct.Struct("3q2P")  # with a norm, `struct Following` of csrc/follow.h
 _PADDED = 16  # rows of partial sums are whole vectors of any width
 # Lots of partial sums: enough for the threads of a large machine, less where they take much memory. How many never
 # depends on the threads there are, so neither do the bits.
@@ -119,6 +120,24 @@ def layer(
     around = _PRODUCT.pack(source.data_ptr(), weight.data_ptr(), bias) + of_source
     around += _NORM.pack(*norms[:4], eps[0], relu[0]) + _NORM.pack(*norms[4:], eps[1], relu[1])
     _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 6), around), x, window)
+
+
+def follow(y: Tensor, norm: Sequence[Tensor | None], eps: float, beside: Tensor | None, relu: bool) -> None:
+    """Make of `y` norm(y) + beside by known statistics, followed by ReLU or not, by one pass over memory.
+
+    Args:
+        y: (B, C, *S), dense with channels innermost; float32 or float64.
+        norm: mean, variance, weight and bias, each (C,), dense and of the dtype of `y`; None leaves out a part.
+        eps: what the norm adds to its variance.
+        beside: as `y`, or None to add nothing.
+        relu: whether ReLU follows.
+    """
+    assert _library is not None
+    channels = y.shape[1]
+    sizes = (_DTYPES[y.dtype], y.numel() // channels, channels)
+    following = _FOLLOWING.pack(*sizes, y.data_ptr(), _address(beside))
+    if _library.involution_follow(following + _NORM.pack(*map(_address, norm), eps, relu)):
+        raise MemoryError(f"no memory for the norm of a tensor of shape {tuple(y.shape)}.")
 
 
 def generated_grad_x(

@@ -1,0 +1,236 @@
+"""What follows a convolution by one pass over memory: the numbers of its parts, and only where nobody would notice."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.profiler import profile
+
+from involution import inference
+from involution.nn import followed
+from involution.ops import cpu
+from involution.pointwise import PointwiseConv2d
+
+
+class _Block(nn.Module):
+    """A convolution with what follows it, and a shortcut."""
+
+    def __init__(self, channels: int = 24) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = PointwiseConv2d(8, channels, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.eval()
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        return followed(self.conv, x, self.norm, self.act, beside)
+
+    def parts(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        y = self.norm(self.conv(x))
+        if beside is not None:
+            y += beside
+        return self.act(y)
+
+
+def _images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of what one pass changed during the test."""
+    shapes: list[torch.Size] = []
+    original = cpu.follow
+    monkeypatch.setattr(cpu, "follow", lambda y, *rest: shapes.append(y.shape) or original(y, *rest))
+    return shapes
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.usefixtures("variant")
+@torch.no_grad()
+def test_one_pass_is_the_parts_in_turn(dtype: torch.dtype, beside: bool, calls: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    sizes = [(2, 5, 7), (1, 1, 1), (3, 1, 9), (1, 56, 56), (2, 90, 40)]
+    changes: list[Callable[[_Block], object]] = [
+        lambda block: None,
+        lambda block: setattr(block, "act", nn.Identity()),
+        lambda block: setattr(block, "conv", nn.Conv2d(8, block.norm.num_features, 3, padding=1)),
+        lambda block: setattr(block, "norm", nn.BatchNorm2d(block.norm.num_features, affine=False).eval()),
+        lambda block: setattr(block, "norm", nn.Identity()) if beside else None,
+    ]
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    for number, channels in enumerate((1, 3, 4, 8, 13, 16, 24, 35, 64, 130)):
+        batch, *size = sizes[number % len(sizes)]
+        for change in changes:
+            block = _Block(channels)
+            change(block)
+            block.to(dtype)
+            x, other = _images(batch, 8, *size, dtype=dtype), _images(batch, channels, *size, dtype=dtype)
+            given, kept = (other,) if beside else (), other.clone()
+            expected, before = block.parts(x, *given), len(calls)
+            if block.conv(x).stride() != other.stride():  # of an axis of size one, where torch tells them differently
+                other = torch.empty_like(block.conv(x)).copy_(other)
+                given = (other,) if beside else ()
+            torch.testing.assert_close(block(x, *given), expected, **close)
+            assert torch.equal(other, kept)
+            assert calls[before:] == [expected.shape]
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_threads(calls: list[torch.Size]) -> None:
+    block, given, beside = _Block(), _images(2, 24, 80, 70), _images(2, 24, 80, 70)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(given.clone())
+            assert inference.follow(found[-1], block.conv, block.norm, block.act, beside)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], again) for again in found[1:])
+    torch.testing.assert_close(found[0], block.act(block.norm(given) + beside), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_what_is_no_number_stays_so(calls: list[torch.Size]) -> None:
+    block, x, beside = _Block(), _images(1, 8, 6, 6), _images(1, 24, 6, 6)
+    x[0, :, 1, 2], beside[0, 3, 4, 5], beside[0, 4, 4, 4] = torch.nan, torch.nan, torch.inf
+    torch.testing.assert_close(block(x, beside), block.parts(x, beside), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert block(x, beside).isnan().sum() == 25
+    assert calls
+
+
+class _Mine(Tensor):
+    pass
+
+
+class _Conv(nn.Conv2d):
+    pass
+
+
+class _Same(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+_NOTICED: dict[str, Callable[[_Block], object]] = {
+    "a forward of its own": lambda block: setattr(block.conv, "forward", block.conv.forward),
+    "a subclass": lambda block: setattr(block.conv, "__class__", _Conv),
+    "a parametrization": lambda block: parametrize.register_parametrization(block.norm, "weight", _Same()),
+    "another norm": lambda block: setattr(block, "norm", nn.GroupNorm(2, 24)),
+    "a norm without statistics": lambda block: setattr(block, "norm", nn.BatchNorm2d(24, track_running_stats=False)),
+    "a norm in training": lambda block: block.norm.train(),
+    "another activation": lambda block: setattr(block, "act", nn.GELU()),
+    "a function for an activation": lambda block: (delattr(block, "act"), setattr(block, "act", torch.relu)),
+    "a hook on the norm": lambda block: block.norm.register_forward_hook(lambda *_: None),
+    "a hook on the activation": lambda block: block.act.register_forward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("change", _NOTICED.values(), ids=_NOTICED)
+@torch.no_grad()
+def test_what_is_noticed_runs_part_by_part(change: Callable[[_Block], object], calls: list[torch.Size]) -> None:
+    block, x, beside = _Block(), _images(2, 8, 5, 4), _images(2, 24, 5, 4)
+    change(block)
+    torch.testing.assert_close(block(x, beside), block.parts(x, beside))
+    assert not calls
+
+
+@torch.no_grad()
+def test_what_a_hook_on_the_convolution_keeps_stays_as_it_was(calls: list[torch.Size]) -> None:
+    block, x, kept = _Block(), _images(2, 8, 5, 4), []
+    expected = block.conv(x)
+    block.conv.register_forward_hook(lambda *args: kept.append(args[-1]))
+    block(x)
+    with _GlobalHook():
+        _Block()(x)
+    assert torch.equal(kept[0], expected)
+    assert not calls
+
+
+class _GlobalHook:
+    def __enter__(self) -> None:
+        self.handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("around", [lambda: torch.autocast("cpu"), profile, nullcontext])
+def test_surroundings_that_notice(around: Callable[[], AbstractContextManager[Any]], calls: list[torch.Size]) -> None:
+    block, x, beside = _Block(), _images(2, 8, 5, 4), _images(2, 24, 5, 4)
+    derivatives = around is nullcontext
+    with around(), torch.enable_grad() if derivatives else torch.no_grad():
+        y = block(x, beside)
+        torch.testing.assert_close(y, block.parts(x, beside))
+    assert y.requires_grad == derivatives
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, beside: (x.bfloat16(), beside.bfloat16()),
+        lambda x, beside: (x.as_subclass(_Mine), beside),
+        lambda x, beside: (x, beside.as_subclass(_Mine)),
+        lambda x, beside: (x[:0], beside[:0]),
+        lambda x, beside: (x.contiguous(), beside),
+        lambda x, beside: (x.contiguous(), beside.contiguous()),
+        lambda x, beside: (x, beside.contiguous()),
+        lambda x, beside: (x, beside[:1]),
+        lambda x, beside: (x, beside.double().requires_grad_().float()),
+    ],
+)
+def test_tensors_of_other_kinds(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], calls: list[Any]) -> None:
+    x, beside = change(_images(2, 8, 5, 4), _images(2, 24, 5, 4))
+    block = _Block().requires_grad_(False).to(x.dtype)
+    found, expected = block(x, beside), block.parts(x, beside)
+    torch.testing.assert_close(found, expected)
+    assert type(found) is type(expected)
+    assert found.requires_grad == beside.requires_grad
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_norm_that_does_not_fit_is_refused_by_torch(calls: list[torch.Size]) -> None:
+    block, x = _Block(), _images(2, 8, 5, 4)
+    for norm in (nn.BatchNorm2d(1), nn.BatchNorm2d(48), nn.BatchNorm2d(24).double(), nn.BatchNorm1d(24)):
+        block.norm = norm.eval()  # type: ignore[assignment]
+        with pytest.raises((RuntimeError, ValueError)):
+            block(x)
+    assert not calls
+
+
+@torch.no_grad()
+def test_transforms_and_compilers_see_the_parts(calls: list[torch.Size]) -> None:
+    block, x = _Block(), torch.randn(3, 2, 8, 5, 5)
+    torch.testing.assert_close(torch.func.vmap(block)(x), torch.stack([block.parts(image) for image in x]))
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(_images(2, 8, 5, 5)).shape, torch.Size((2, 24, 5, 5)))
+    assert not calls
+
+
+@torch.no_grad()
+def test_weights_may_change_between_calls(calls: list[torch.Size]) -> None:
+    block, x = _Block(), _images(1, 8, 5, 5)
+    first = block(x)
+    block.norm.running_mean.sub_(1)
+    torch.testing.assert_close(block(x), block.parts(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(first, block(x))
+    assert len(calls) == 3
+
+
+def test_nothing_is_changed_without_the_library(monkeypatch: pytest.MonkeyPatch, calls: list[torch.Size]) -> None:
+    monkeypatch.setattr(cpu, "_library", None)
+    with torch.no_grad():
+        block, x = _Block(), _images(1, 8, 5, 5)
+        assert torch.equal(block(x), block.parts(x))
+    assert not calls
