@@ -39,3 +39,11 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet: what has been compiled for one size would be compiled for all sizes next, and slowly."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

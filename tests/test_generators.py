@@ -142,6 +142,7 @@ def test_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(layer, x)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_to_one_graph(name: str) -> None:
     layer = Involution2d(8, 3, groups=2, reduction=2, generator=name).eval()

@@ -476,6 +476,7 @@ def test_transforms_and_traces_of_training() -> None:
     assert make_fx(slim().train())(x).graph.nodes
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_training_compiles_to_one_graph() -> None:
     x = torch.randn(2, 3, 32, 32)
     model = slim().train()
@@ -493,6 +494,7 @@ def test_exported_program_is_equal() -> None:
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_to_one_graph() -> None:
     x = torch.randn(1, 3, 33, 65)
     model = shallow(x)
@@ -503,6 +505,7 @@ def test_compiles_to_one_graph() -> None:
             torch.testing.assert_close(compiled(x.bfloat16()), model(x.bfloat16()))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 def test_rednet50_compiles_to_an_equal_program() -> None:
     """In float64: 50 layers, each cubic in its input, make 1e-4 of float32's rounding, which hides small faults."""

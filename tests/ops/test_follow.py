@@ -209,6 +209,7 @@ def test_a_norm_that_does_not_fit_is_refused_by_torch(calls: list[torch.Size]) -
     assert not calls
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_transforms_and_compilers_see_the_parts(calls: list[torch.Size]) -> None:
     block, x = _Block(), torch.randn(3, 2, 8, 5, 5)

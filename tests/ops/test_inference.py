@@ -333,6 +333,7 @@ def test_images_of_other_kinds(change: Callable[[Tensor], Tensor], calls: list[t
     assert not calls
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_transforms_and_compilers_see_the_parts(calls: list[torch.Size]) -> None:
     net, x = _net(), torch.randn(3, 2, 32, 5, 5)

@@ -4,7 +4,6 @@ import io
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -31,13 +30,6 @@ def _arguments(op: str, case: Case, dtype: torch.dtype = torch.float64) -> tuple
     """Arguments of the registered op, its two tensors wanting gradients."""
     tensors = [t.requires_grad_() for t in case.tensors(dtype)]
     return arguments(op, *tensors, case.window)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # opcheck itself reads .grad of tensors that are no leaves
