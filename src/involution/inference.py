@@ -1,4 +1,4 @@
-"""An involution layer for inference, with the norm and the activation behind it, by one call of the C++ code.
+"""What a layer does with the norm and the activation behind it, for inference: by one call of the C++ code.
 
 On small images most of a layer's time passes between its parts: in Python, in torch's dispatcher, in starting threads.
 On large ones norms and activations wait for memory, which here they need not.
@@ -77,19 +77,24 @@ def at_once(layer: _Involution, x: Tensor, norm: nn.Module = NOTHING, act: nn.Mo
     return y
 
 
-def follow(y: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, beside: Tensor | None = None) -> bool:
-    """Make of `y`, which `conv` gave, act(norm(y) + beside) by one pass over memory; False where that is not done.
+def is_unseen(conv: nn.Module) -> bool:
+    """Whether what `conv` gives is seen by nobody but its caller: others might keep it."""
+    own = type(conv) not in _CONVS or "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__
+    return not (own or conv._forward_hooks or _has_any_global_hook())
 
-    It is done behind a convolution in two dimensions with channels innermost, and where `at_once` would be.
+
+def follow(y: Tensor, norm: nn.Module, act: nn.Module, beside: Tensor | None = None) -> bool:
+    """Make of `y` act(norm(y) + beside) by one pass over memory; False where that is not done.
+
+    It is done for images in float32 and float64 on a CPU, with channels innermost, batch norms in evaluation mode and
+    ReLU, or one of these two; and only where no derivative is asked for and nothing watches. Nobody else may hold `y`.
     """
     if torch.compiler.is_compiling() or type(y) is not Tensor or not y.is_cpu or y.dtype not in _DTYPES:
         return False
-    # Whoever sees what a convolution gives may keep it.
-    seen = type(conv) not in _CONVS or conv._forward_hooks or "forward" in conv.__dict__ or _has_any_global_hook()
-    if seen or not cpu.available() or (behind := _norm(norm, act, 2)) is None:
+    if not cpu.available() or (behind := _norm(norm, act, 2)) is None:
         return False
     if behind.tensors[0] is None and beside is None:
-        return False  # one pass, or none, as it is
+        return False  # nothing but ReLU, if that: one pass already
     parameters = [t for t in behind.tensors if t is not None]
     tensors = [y, *parameters] if beside is None else [y, *parameters, beside]
     if not unwatched(tensors) or recorded(tensors):
@@ -132,6 +137,7 @@ def _norm(norm: Any, act: Any, rank: int) -> _Norm | None:
     if type(norm) not in (NORMS[rank - 1], nn.SyncBatchNorm) or norm.training or is_watched(norm):
         return None
     entries = norm._buffers | norm._parameters
-    if entries.get("running_mean") is None or not entries.keys() >= {"running_var", "weight", "bias"}:
+    mean, variance = entries.get("running_mean"), entries.get("running_var")
+    if mean is None or variance is None or not entries.keys() >= {"weight", "bias"}:
         return None
-    return _Norm((entries["running_mean"], entries["running_var"], entries["weight"], entries["bias"]), norm.eps, relu)
+    return _Norm((mean, variance, entries["weight"], entries["bias"]), norm.eps, relu)

@@ -140,10 +140,11 @@ def followed(
         out = inference.at_once(layer, x, norm, act)
         if out is not None:
             return out
+    unseen = inference.is_unseen(layer)  # asked before, too: a hook may take itself away
     y: Tensor = layer(x)
-    if inference.follow(y, layer, norm, act, beside):
+    if unseen and inference.is_unseen(layer) and inference.follow(y, norm, act, beside):
         return y
-    y = y if norm is NOTHING else norm(y)  # which torch.fx would not know
+    y = y if norm is NOTHING else norm(y)  # it is in no network, so that torch.fx could not name it
     if beside is not None:
         y += beside
     return y if act is NOTHING else act(y)

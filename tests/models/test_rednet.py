@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from involution import inference
 from involution.models import RedNet, mirrored_resnet
 from involution.models.recompute import recomputes
 from involution.models.rednet import Bottleneck
@@ -474,6 +475,39 @@ def test_transforms_and_traces_of_training() -> None:
     assert seen == [False]
     assert recomputes(x)
     assert make_fx(slim().train())(x).graph.nodes
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("folded", [False, True])
+@torch.no_grad()
+def test_norms_sums_and_activations_in_one_pass_are_those_of_torch(
+    layout: torch.memory_format, folded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, calls, follow = torch.randn(2, 3, 64, 64, dtype=torch.double).to(memory_format=layout), [], cpu.follow
+    net = lived_in(timm.create_model("rednet26", base_width=16, stem_width=32).double(), x)
+    net = reparameterize_model(net) if folded else net
+    monkeypatch.setattr(cpu, "follow", lambda *args: calls.append(args) or follow(*args))
+    found = net(x)
+    monkeypatch.setattr(inference, "follow", lambda *_: False)
+    torch.testing.assert_close(found, net(x), rtol=1e-12, atol=1e-12)
+    # norms of the stem's two convolutions, of two products and, in four blocks, of the shortcut; folded: sums alone
+    wanted = 0 if layout is torch.contiguous_format else 8 if folded else 2 + 2 * 8 + 4
+    assert len(calls) == (wanted if cpu.available() else 0)
+
+
+@torch.no_grad()
+def test_hooks_keep_what_they_saw() -> None:
+    """A hook at a time, on each of the modules: what is done at once elsewhere must not reach it."""
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    net = lived_in(slim(), x)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):  # changed by the activation behind, in place, as in every network
+            continue
+        seen: list[Tensor] = []
+        handle = module.register_forward_hook(lambda *args, seen=seen: seen.extend((args[2], args[2].clone())))
+        net(x)
+        handle.remove()
+        assert torch.equal(seen[0], seen[1]), name
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -91,7 +91,7 @@ def test_bits_do_not_depend_on_threads(calls: list[torch.Size]) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(given.clone())
-            assert inference.follow(found[-1], block.conv, block.norm, block.act, beside)
+            assert inference.follow(found[-1], block.norm, block.act, beside)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], again) for again in found[1:])
@@ -122,6 +122,7 @@ class _Same(nn.Module):
 
 
 _NOTICED: dict[str, Callable[[_Block], object]] = {
+    "a convolution of its own": lambda block: setattr(block.conv, "_conv_forward", block.conv._conv_forward),
     "a forward of its own": lambda block: setattr(block.conv, "forward", block.conv.forward),
     "a subclass": lambda block: setattr(block.conv, "__class__", _Conv),
     "a parametrization": lambda block: parametrize.register_parametrization(block.norm, "weight", _Same()),
@@ -156,9 +157,30 @@ def test_what_a_hook_on_the_convolution_keeps_stays_as_it_was(calls: list[torch.
     assert not calls
 
 
+@pytest.mark.parametrize("register", [nn.Module.register_forward_hook, lambda _, hook: _global(hook)])
+@torch.no_grad()
+def test_what_a_hook_keeps_that_takes_itself_away_stays_as_it_was(
+    register: Callable[..., Any], calls: list[torch.Size]
+) -> None:
+    block, x, kept = _Block(), _images(2, 8, 5, 4), []
+    expected = block.conv(x)
+
+    def once(module: nn.Module, given: object, y: Tensor) -> None:
+        kept.append(y)
+        handle.remove()
+
+    handle = register(block.conv, once)
+    torch.testing.assert_close(block(x), block.parts(x))
+    assert torch.equal(kept[0], expected)
+    assert not calls
+
+
+_global = nn.modules.module.register_module_forward_hook
+
+
 class _GlobalHook:
     def __enter__(self) -> None:
-        self.handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        self.handle = _global(lambda *_: None)
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
@@ -206,6 +228,10 @@ def test_a_norm_that_does_not_fit_is_refused_by_torch(calls: list[torch.Size]) -
         block.norm = norm.eval()  # type: ignore[assignment]
         with pytest.raises((RuntimeError, ValueError)):
             block(x)
+    block.norm = nn.BatchNorm2d(24).eval()
+    block.norm.running_var = None
+    with pytest.raises(RuntimeError):
+        block(x)
     assert not calls
 
 

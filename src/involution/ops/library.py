@@ -65,18 +65,23 @@ def call_on_cpu(op: OpOverload, tensors: tuple[Tensor, ...], *settings: Any) -> 
     return (_recorded if recorded(tensors) else _on_cpu)[op](*tensors, *settings)
 
 
-def prepared(op: OpOverload, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], out: Tensor) -> Callable[..., Any]:
-    """`call_on_cpu` for tensors that differ from these in nothing but what they hold; `out` is what these give.
+def remembering(op: OpOverload, settings: tuple[Any, ...]) -> Callable[..., Any]:
+    """`call_on_cpu` for tensors that differ in nothing but what they hold: types, sizes and strides are looked at once.
 
-    What depends on types, sizes and strides alone is found here, once. For `forward` and `generated`.
+    For `forward` and `generated`.
     """
     prepare: Any = cpu.prepared_forward if op is forward else cpu.prepared_generated
-    direct = prepare(out, *tensors, *settings) if cpu.available() and out.numel() else None
+    direct: Callable[..., Any] | None = None
 
     def run(*tensors: Tensor) -> Any:
-        if direct is None or recorded(tensors):
-            return call_on_cpu(op, tensors, *settings)
-        return direct(*tensors)
+        nonlocal direct
+        derived = recorded(tensors)
+        if direct is not None and not derived:
+            return direct(*tensors)
+        out = call_on_cpu(op, tensors, *settings)
+        if not derived and cpu.available() and out.numel():
+            direct = prepare(out, *tensors, *settings)
+        return out
 
     return run
 
