@@ -51,7 +51,7 @@ def model(
     The ResNets are timm's, and once more with 1x1 convolutions done as matrix products, as RedNet does them. RedNet is
     timed once more with layers that store their kernels, and with nothing in place of its involutions: what it takes
     then bounds what a faster operator could gain. Both are timed once more with their norms folded into the
-    convolutions before them: compilers fold what follows a convolution, not what follows a matrix product.
+    convolutions before them.
 
     Args:
         archs: any of rednet26, rednet38, rednet50, rednet101 and rednet152.
