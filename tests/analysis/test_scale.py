@@ -6,22 +6,28 @@ import pytest
 import timm
 import torch
 
-from involution.analysis.memory import rise_mib
+from involution.analysis import memory
 from involution.analysis.scale import kept, scale
 from involution.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
-@pytest.mark.parametrize("name", ["rednet26", "resnet26"])
-def test_features_that_are_kept_are_those_a_process_holds(name):
+def forward(name):
+    """A warm-up with one image, and a step that holds what the forward pass of eight keeps."""
     network = timm.create_model(name).to(memory_format=torch.channels_last)
     images = torch.rand(8, 3, 192, 192).to(memory_format=torch.channels_last)
     held = []
-    network(images[:1])  # libraries start their threads
-    rise = rise_mib(lambda: held.append(network(images)))
+    return (lambda: network(images[:1])), (lambda: held.append(network(images)))
+
+
+@pytest.mark.skipif(not memory._RESET.exists(), reason="no /proc/self/clear_refs")
+@pytest.mark.parametrize("name", ["rednet26", "resnet26"])
+def test_features_that_are_kept_are_those_a_process_holds(name):
+    # in a process of its own: in this one the heap holds what other tests left, and grows by as much as they made it
+    rise = memory.peak_mib(forward, name)
     computed = kept(name, 8, 192) / 2**20
-    assert 1 < rise / computed < 1.25  # at its highest there is a little more than what is kept
+    assert 1 < rise / computed < 1.1  # at its highest there is a little more than what is kept
 
 
 def test_features_follow_images_dtype_and_recomputing():
