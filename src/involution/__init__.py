@@ -2,6 +2,7 @@
 
 from involution.generators import BottleneckGenerator
 from involution.nn import Involution1d, Involution2d, Involution3d
+from involution.ops import flops
 from involution.ops.functional import involution
 from involution.ops.library import implementations
 from involution.replace import replace_convs
@@ -16,3 +17,5 @@ __all__ = [
     "involution",
     "replace_convs",
 ]
+
+flops.register_when_counted()

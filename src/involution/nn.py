@@ -136,10 +136,12 @@ def followed(
     layer: nn.Module, x: Tensor, norm: nn.Module = NOTHING, act: nn.Module = NOTHING, beside: Tensor | None = None
 ) -> Tensor:
     """act(norm(layer(x)) + beside), by fewer passes over memory where a network only infers and nothing watches."""
-    if beside is None and isinstance(layer, _Involution) and type(layer) in _LAYERS:
-        out = inference.at_once(layer, x, norm, act)
-        if out is not None:
-            return out
+    if isinstance(layer, _Involution):
+        out = inference.at_once(layer, x, norm, act) if beside is None and type(layer) in _LAYERS else None
+    else:
+        out = inference.convolved(layer, x, norm, act, beside)
+    if out is not None:
+        return out
     unseen = inference.is_unseen(layer)  # asked before, too: a hook may take itself away
     y: Tensor = layer(x)
     if unseen and inference.is_unseen(layer) and inference.follow(y, norm, act, beside):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from involution import inference
 from involution.models import RedNet, mirrored_resnet
 from involution.models.recompute import recomputes
 from involution.models.rednet import Bottleneck
@@ -480,19 +479,22 @@ def test_transforms_and_traces_of_training() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("folded", [False, True])
 @torch.no_grad()
-def test_norms_sums_and_activations_in_one_pass_are_those_of_torch(
+def test_what_is_done_at_once_is_what_torch_does_in_turn(
     layout: torch.memory_format, folded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, calls, follow = torch.randn(2, 3, 64, 64, dtype=torch.double).to(memory_format=layout), [], cpu.follow
+    x, calls = torch.randn(2, 3, 64, 64, dtype=torch.double).to(memory_format=layout), []
     net = lived_in(timm.create_model("rednet26", base_width=16, stem_width=32).double(), x)
     net = reparameterize_model(net) if folded else net
-    monkeypatch.setattr(cpu, "follow", lambda *args: calls.append(args) or follow(*args))
+    for name in ("follow", "pointwise"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
     found = net(x)
-    monkeypatch.setattr(inference, "follow", lambda *_: False)
+    served = cpu.available()
+    monkeypatch.setattr(cpu, "available", lambda: False)
     torch.testing.assert_close(found, net(x), rtol=1e-12, atol=1e-12)
-    # norms of the stem's two convolutions, of two products and, in four blocks, of the shortcut; folded: sums alone
-    wanted = 0 if layout is torch.contiguous_format else 8 if folded else 2 + 2 * 8 + 4
-    assert len(calls) == (wanted if cpu.available() else 0)
+    # two products in eight blocks and, in four of them, that of the shortcut; norms of the stem's two convolutions
+    wanted = [] if layout is torch.contiguous_format else ["follow"] * (0 if folded else 2) + ["pointwise"] * 20
+    assert sorted(calls) == (wanted if served else [])
 
 
 @torch.no_grad()

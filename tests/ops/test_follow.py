@@ -1,7 +1,11 @@
-"""What follows a convolution by one pass over memory: the numbers of its parts, and only where nobody would notice."""
+"""A convolution and what follows it: the numbers of the parts, and at once only where nobody would notice.
+
+A 1x1 convolution of ours is done with what follows it by one call, and what follows another by one pass over memory.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,18 +14,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.profiler import profile
 
-from involution import inference
 from involution.nn import followed
 from involution.ops import cpu
 from involution.pointwise import PointwiseConv2d
+
+_Kind = Callable[[int, int], nn.Module]
+_KINDS: dict[str, _Kind] = {
+    "of ours": partial(PointwiseConv2d, bias=False),
+    "another": partial(nn.Conv2d, kernel_size=1, bias=False),
+}
+each_kind = pytest.mark.parametrize("kind", _KINDS.values(), ids=_KINDS)
 
 
 class _Block(nn.Module):
     """A convolution with what follows it, and a shortcut."""
 
-    def __init__(self, channels: int = 24) -> None:
+    def __init__(self, kind: _Kind, channels: int = 24) -> None:
         super().__init__()
-        self.conv, self.norm, self.act = PointwiseConv2d(8, channels, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+        self.conv, self.norm, self.act = kind(8, channels), nn.BatchNorm2d(channels), nn.ReLU()
         self.norm.running_mean.normal_()
         self.norm.running_var.uniform_(0.5, 2)
         nn.init.normal_(self.norm.weight)
@@ -44,24 +54,33 @@ def _images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of what one pass changed during the test."""
+    """The shapes of what was done at once during the test: a convolution alone does not count."""
     shapes: list[torch.Size] = []
-    original = cpu.follow
-    monkeypatch.setattr(cpu, "follow", lambda y, *rest: shapes.append(y.shape) or original(y, *rest))
+    follow, pointwise = cpu.follow, cpu.pointwise
+
+    def call(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, *behind: Any) -> None:
+        norm, _, beside, relu = behind
+        if norm[0] is not None or beside is not None or relu:
+            shapes.append(y.shape)
+        pointwise(y, x, weight, bias, stride, *behind)
+
+    monkeypatch.setattr(cpu, "follow", lambda y, *rest: shapes.append(y.shape) or follow(y, *rest))
+    monkeypatch.setattr(cpu, "pointwise", call)
     return shapes
 
 
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.usefixtures("variant")
+@each_kind
 @torch.no_grad()
-def test_one_pass_is_the_parts_in_turn(dtype: torch.dtype, beside: bool, calls: list[torch.Size]) -> None:
+def test_at_once_is_the_parts_in_turn(kind: _Kind, dtype: torch.dtype, beside: bool, calls: list[torch.Size]) -> None:
     torch.manual_seed(0)
     sizes = [(2, 5, 7), (1, 1, 1), (3, 1, 9), (1, 56, 56), (2, 90, 40)]
     changes: list[Callable[[_Block], object]] = [
         lambda block: None,
         lambda block: setattr(block, "act", nn.Identity()),
-        lambda block: setattr(block, "conv", nn.Conv2d(8, block.norm.num_features, 3, padding=1)),
+        lambda block: setattr(block.conv, "bias", nn.Parameter(torch.randn(block.norm.num_features))),
         lambda block: setattr(block, "norm", nn.BatchNorm2d(block.norm.num_features, affine=False).eval()),
         lambda block: setattr(block, "norm", nn.Identity()) if beside else None,
     ]
@@ -69,12 +88,13 @@ def test_one_pass_is_the_parts_in_turn(dtype: torch.dtype, beside: bool, calls: 
     for number, channels in enumerate((1, 3, 4, 8, 13, 16, 24, 35, 64, 130)):
         batch, *size = sizes[number % len(sizes)]
         for change in changes:
-            block = _Block(channels)
+            block = _Block(kind, channels)
             change(block)
             block.to(dtype)
             x, other = _images(batch, 8, *size, dtype=dtype), _images(batch, channels, *size, dtype=dtype)
             given, kept = (other,) if beside else (), other.clone()
-            expected, before = block.parts(x, *given), len(calls)
+            expected = block.parts(x, *given)
+            before = len(calls)
             if block.conv(x).stride() != other.stride():  # of an axis of size one, where torch tells them differently
                 other = torch.empty_like(block.conv(x)).copy_(other)
                 given = (other,) if beside else ()
@@ -83,25 +103,26 @@ def test_one_pass_is_the_parts_in_turn(dtype: torch.dtype, beside: bool, calls: 
             assert calls[before:] == [expected.shape]
 
 
+@each_kind
 @torch.no_grad()
-def test_bits_do_not_depend_on_threads(calls: list[torch.Size]) -> None:
-    block, given, beside = _Block(), _images(2, 24, 80, 70), _images(2, 24, 80, 70)
+def test_bits_do_not_depend_on_threads(kind: _Kind, calls: list[torch.Size]) -> None:
+    block, x, beside = _Block(kind), _images(2, 8, 80, 70), _images(2, 24, 80, 70)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(given.clone())
-            assert inference.follow(found[-1], block.norm, block.act, beside)
+            found.append(block(x, beside))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], again) for again in found[1:])
-    torch.testing.assert_close(found[0], block.act(block.norm(given) + beside), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], block.parts(x, beside), rtol=1e-5, atol=1e-5)
     assert len(calls) == 3
 
 
+@each_kind
 @torch.no_grad()
-def test_what_is_no_number_stays_so(calls: list[torch.Size]) -> None:
-    block, x, beside = _Block(), _images(1, 8, 6, 6), _images(1, 24, 6, 6)
+def test_what_is_no_number_stays_so(kind: _Kind, calls: list[torch.Size]) -> None:
+    block, x, beside = _Block(kind), _images(1, 8, 6, 6), _images(1, 24, 6, 6)
     x[0, :, 1, 2], beside[0, 3, 4, 5], beside[0, 4, 4, 4] = torch.nan, torch.nan, torch.inf
     torch.testing.assert_close(block(x, beside), block.parts(x, beside), rtol=1e-5, atol=1e-5, equal_nan=True)
     assert block(x, beside).isnan().sum() == 25
@@ -121,8 +142,17 @@ class _Same(nn.Module):
         return weight
 
 
+def _replace_convolution(conv: nn.Conv2d) -> None:
+    own = nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=False)
+    own.load_state_dict(conv.state_dict())
+    if isinstance(conv, PointwiseConv2d):  # which does not come to the other
+        conv.forward = own.forward  # type: ignore[method-assign]
+    else:
+        conv._conv_forward = own._conv_forward  # type: ignore[method-assign]
+
+
 _NOTICED: dict[str, Callable[[_Block], object]] = {
-    "a convolution of its own": lambda block: setattr(block.conv, "_conv_forward", block.conv._conv_forward),
+    "a convolution of its own": lambda block: _replace_convolution(block.conv),
     "a forward of its own": lambda block: setattr(block.conv, "forward", block.conv.forward),
     "a subclass": lambda block: setattr(block.conv, "__class__", _Conv),
     "a parametrization": lambda block: parametrize.register_parametrization(block.norm, "weight", _Same()),
@@ -136,33 +166,38 @@ _NOTICED: dict[str, Callable[[_Block], object]] = {
 }
 
 
+@each_kind
 @pytest.mark.parametrize("change", _NOTICED.values(), ids=_NOTICED)
 @torch.no_grad()
-def test_what_is_noticed_runs_part_by_part(change: Callable[[_Block], object], calls: list[torch.Size]) -> None:
-    block, x, beside = _Block(), _images(2, 8, 5, 4), _images(2, 24, 5, 4)
+def test_what_is_noticed_runs_part_by_part(
+    kind: _Kind, change: Callable[[_Block], object], calls: list[torch.Size]
+) -> None:
+    block, x, beside = _Block(kind), _images(2, 8, 5, 4), _images(2, 24, 5, 4)
     change(block)
     torch.testing.assert_close(block(x, beside), block.parts(x, beside))
     assert not calls
 
 
+@each_kind
 @torch.no_grad()
-def test_what_a_hook_on_the_convolution_keeps_stays_as_it_was(calls: list[torch.Size]) -> None:
-    block, x, kept = _Block(), _images(2, 8, 5, 4), []
+def test_what_a_hook_on_the_convolution_keeps_stays_as_it_was(kind: _Kind, calls: list[torch.Size]) -> None:
+    block, x, kept = _Block(kind), _images(2, 8, 5, 4), []
     expected = block.conv(x)
     block.conv.register_forward_hook(lambda *args: kept.append(args[-1]))
     block(x)
     with _GlobalHook():
-        _Block()(x)
+        _Block(kind)(x)
     assert torch.equal(kept[0], expected)
     assert not calls
 
 
+@each_kind
 @pytest.mark.parametrize("register", [nn.Module.register_forward_hook, lambda _, hook: _global(hook)])
 @torch.no_grad()
 def test_what_a_hook_keeps_that_takes_itself_away_stays_as_it_was(
-    register: Callable[..., Any], calls: list[torch.Size]
+    kind: _Kind, register: Callable[..., Any], calls: list[torch.Size]
 ) -> None:
-    block, x, kept = _Block(), _images(2, 8, 5, 4), []
+    block, x, kept = _Block(kind), _images(2, 8, 5, 4), []
     expected = block.conv(x)
 
     def once(module: nn.Module, given: object, y: Tensor) -> None:
@@ -186,9 +221,12 @@ class _GlobalHook:
         self.handle.remove()
 
 
+@each_kind
 @pytest.mark.parametrize("around", [lambda: torch.autocast("cpu"), profile, nullcontext])
-def test_surroundings_that_notice(around: Callable[[], AbstractContextManager[Any]], calls: list[torch.Size]) -> None:
-    block, x, beside = _Block(), _images(2, 8, 5, 4), _images(2, 24, 5, 4)
+def test_surroundings_that_notice(
+    kind: _Kind, around: Callable[[], AbstractContextManager[Any]], calls: list[torch.Size]
+) -> None:
+    block, x, beside = _Block(kind), _images(2, 8, 5, 4), _images(2, 24, 5, 4)
     derivatives = around is nullcontext
     with around(), torch.enable_grad() if derivatives else torch.no_grad():
         y = block(x, beside)
@@ -211,9 +249,12 @@ def test_surroundings_that_notice(around: Callable[[], AbstractContextManager[An
         lambda x, beside: (x, beside.double().requires_grad_().float()),
     ],
 )
-def test_tensors_of_other_kinds(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], calls: list[Any]) -> None:
+@each_kind
+def test_tensors_of_other_kinds(
+    kind: _Kind, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], calls: list[Any]
+) -> None:
     x, beside = change(_images(2, 8, 5, 4), _images(2, 24, 5, 4))
-    block = _Block().requires_grad_(False).to(x.dtype)
+    block = _Block(kind).requires_grad_(False).to(x.dtype)
     found, expected = block(x, beside), block.parts(x, beside)
     torch.testing.assert_close(found, expected)
     assert type(found) is type(expected)
@@ -221,9 +262,10 @@ def test_tensors_of_other_kinds(change: Callable[[Tensor, Tensor], tuple[Tensor,
     assert not calls
 
 
+@each_kind
 @torch.no_grad()
-def test_a_norm_that_does_not_fit_is_refused_by_torch(calls: list[torch.Size]) -> None:
-    block, x = _Block(), _images(2, 8, 5, 4)
+def test_a_norm_that_does_not_fit_is_refused_by_torch(kind: _Kind, calls: list[torch.Size]) -> None:
+    block, x = _Block(kind), _images(2, 8, 5, 4)
     for norm in (nn.BatchNorm2d(1), nn.BatchNorm2d(48), nn.BatchNorm2d(24).double(), nn.BatchNorm1d(24)):
         block.norm = norm.eval()  # type: ignore[assignment]
         with pytest.raises((RuntimeError, ValueError)):
@@ -235,19 +277,33 @@ def test_a_norm_that_does_not_fit_is_refused_by_torch(calls: list[torch.Size]) -
     assert not calls
 
 
+@each_kind
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
-def test_transforms_and_compilers_see_the_parts(calls: list[torch.Size]) -> None:
-    block, x = _Block(), torch.randn(3, 2, 8, 5, 5)
+def test_transforms_see_the_parts_and_compilers_an_op(kind: _Kind, calls: list[torch.Size]) -> None:
+    block, x = _Block(kind), torch.randn(3, 2, 8, 5, 5)
     torch.testing.assert_close(torch.func.vmap(block)(x), torch.stack([block.parts(image) for image in x]))
-    compiled = torch.compile(block, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(_images(2, 8, 5, 5)).shape, torch.Size((2, 24, 5, 5)))
     assert not calls
+    compiled, images, beside = (
+        torch.compile(block, backend="eager", fullgraph=True),
+        _images(2, 8, 5, 5),
+        _images(2, 24, 5, 5),
+    )
+    torch.testing.assert_close(compiled(images, beside), block.parts(images, beside), rtol=1e-5, atol=1e-5)
+    assert len(calls) == (kind is _KINDS["of ours"])
+    exported = torch.export.export(block, (images, beside))
+    assert not any("involution" in str(node.target) for node in exported.graph.nodes)
+    with torch.enable_grad():
+        assert compiled(images, beside).requires_grad
+    with torch.autocast("cpu"):
+        assert compiled(images, beside).dtype is torch.bfloat16
+    assert len(calls) == (kind is _KINDS["of ours"])
 
 
+@each_kind
 @torch.no_grad()
-def test_weights_may_change_between_calls(calls: list[torch.Size]) -> None:
-    block, x = _Block(), _images(1, 8, 5, 5)
+def test_weights_may_change_between_calls(kind: _Kind, calls: list[torch.Size]) -> None:
+    block, x = _Block(kind), _images(1, 8, 5, 5)
     first = block(x)
     block.norm.running_mean.sub_(1)
     torch.testing.assert_close(block(x), block.parts(x), rtol=1e-5, atol=1e-5)
@@ -255,9 +311,12 @@ def test_weights_may_change_between_calls(calls: list[torch.Size]) -> None:
     assert len(calls) == 3
 
 
-def test_nothing_is_changed_without_the_library(monkeypatch: pytest.MonkeyPatch, calls: list[torch.Size]) -> None:
+@each_kind
+def test_nothing_is_changed_without_the_library(
+    kind: _Kind, monkeypatch: pytest.MonkeyPatch, calls: list[torch.Size]
+) -> None:
     monkeypatch.setattr(cpu, "_library", None)
     with torch.no_grad():
-        block, x = _Block(), _images(1, 8, 5, 5)
+        block, x = _Block(kind), _images(1, 8, 5, 5)
         assert torch.equal(block(x), block.parts(x))
     assert not calls

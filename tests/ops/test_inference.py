@@ -335,14 +335,21 @@ def test_images_of_other_kinds(change: Callable[[Tensor], Tensor], calls: list[t
 
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
-def test_transforms_and_compilers_see_the_parts(calls: list[torch.Size]) -> None:
+def test_transforms_see_the_parts_and_compilers_an_op(calls: list[torch.Size]) -> None:
     net, x = _net(), torch.randn(3, 2, 32, 5, 5)
     torch.testing.assert_close(torch.func.vmap(net)(x), net(x.flatten(0, 1)).unflatten(0, (3, 2)), rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
-    torch.testing.assert_close(
-        torch.compile(net, backend="eager", fullgraph=True)(x[0]), net(x[0]), rtol=1e-4, atol=1e-5
-    )
-    assert len(calls) == 2
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x[0]), net(x[0]), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 3
+    targets = {str(node.target) for node in torch.export.export(net, (x[0],)).graph.nodes}
+    assert "involution.generated.default" in targets
+    assert "involution.layer.default" not in targets
+    with torch.enable_grad():
+        assert compiled(x[0]).requires_grad
+    with torch.autocast("cpu"):
+        compiled(x[0])
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("follow", [False, True])

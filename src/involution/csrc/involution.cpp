@@ -25,6 +25,7 @@
 #include "grad_span.h"
 #include "grad_x.h"
 #include "layer.h"
+#include "pointwise.h"
 
 namespace {
 
@@ -78,35 +79,25 @@ int run_layer(Problem p, const Layer& layer) {
     Scaled<Real> features, outputs;
   };
   const auto pieces = [&](Arena& arena) {
-    const auto take = [&](Index count) { return arena.take<Real>(count); };
-    const Index padded = channels + CACHE_LINE;  // the last vector of a group that fills none reads beyond its channels
-    return Pieces{take(p.reduced), {take(p.reduced), take(p.reduced), false}, {take(padded), take(padded), false}};
+    return Pieces{arena.take<Real>(p.reduced), Scaled<Real>::take(arena, p.reduced), Scaled<Real>::take(arena, channels)};
   };
-  Arena measure(nullptr);
-  pieces(measure);
-  char* memory = kept<Use::LAYER>().at_least((measure.used() + 4095) & ~Index(4095));
-  if (memory == nullptr) return 1;
-  Arena arena(memory);
-  Pieces s = pieces(arena);
-  for (Index r = 0; r < p.reduced; ++r) s.start[r] = layer.reduce_bias ? static_cast<const Real*>(layer.reduce_bias)[r] : 0;
-  s.features.fold(layer.features, p.reduced);
-  s.outputs.fold(layer.outputs, channels);
-  if (run_plans(Reduce<Real>(p, layer, s.start, s.features))) return 1;
-  if (layer.outputs.mean || layer.outputs.relu) p.after = &s.outputs;
-  return with_lanes<Forward, Real, Real>(p, p.channels, p.output, run);
+  return with_scratch(pieces, [&](Pieces s) {
+    for (Index r = 0; r < p.reduced; ++r) s.start[r] = layer.reduce_bias ? static_cast<const Real*>(layer.reduce_bias)[r] : 0;
+    s.features.fold(layer.features, nullptr, p.reduced);
+    s.outputs.fold(layer.outputs, nullptr, channels);
+    if (run_plans(Reduce<Real>(p, layer, s.start, s.features))) return 1;
+    if (layer.outputs.mean || layer.outputs.relu) p.after = &s.outputs;
+    return with_lanes<Forward, Real, Real>(p, p.channels, p.output, run);
+  });
 }
 
-template <class Real>
-int run_following(const Following& f) {
-  const auto pieces = [&](Arena& arena) -> Scaled<Real> { return {arena.take<Real>(f.channels), arena.take<Real>(f.channels), false}; };
-  Arena measure(nullptr);
-  pieces(measure);
-  char* memory = kept<Use::LAYER>().at_least((measure.used() + 4095) & ~Index(4095));
-  if (memory == nullptr) return 1;
-  Arena arena(memory);
-  Scaled<Real> norm = pieces(arena);
-  norm.fold(f.norm, f.channels);
-  return run_plans(Follow<Real>(f, norm));
+// An op whose outputs are finished by a norm, and by what a sum begins with; null: nothing.
+template <template <class> class Op, class Real, class Problem>
+int run_normed(const Problem& p, const void* added) {
+  return with_scratch([&](Arena& arena) { return Scaled<Real>::take(arena, p.channels); }, [&](Scaled<Real> norm) {
+    norm.fold(p.norm, added, p.channels);
+    return run_plans(Op<Real>(p, norm));
+  });
 }
 
 }  // namespace
@@ -133,7 +124,14 @@ int involution_layer(const Problem* p, const Layer* layer) {
 }
 
 // Normalises y in place, and adds to it. For float32 and float64.
-int involution_follow(const Following* f) { return f->dtype == FLOAT64 ? run_following<double>(*f) : run_following<float>(*f); }
+int involution_follow(const Following* f) {
+  return f->dtype == FLOAT64 ? run_normed<Follow, double>(*f, nullptr) : run_normed<Follow, float>(*f, nullptr);
+}
+
+// Fills y with a 1x1 convolution of x, and does what follows. For float32 and float64.
+int involution_pointwise(const Pointwise* p) {
+  return p->dtype == FLOAT64 ? run_normed<Points, double>(*p, p->bias) : run_normed<Points, float>(*p, p->bias);
+}
 
 // Asks for large pages behind fresh memory, of which the first write to each page of 4 KiB would stop for a page fault. A system
 // that has none, or grants none, is only slower.

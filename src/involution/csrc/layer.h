@@ -33,7 +33,12 @@ struct Scaled {
   Real *scale, *shift;
   bool relu;
 
-  void fold(const Norm& norm, Index channels) {
+  static Scaled take(Arena& arena, Index channels) {
+    const Index padded = channels + CACHE_LINE;  // a last vector that channels do not fill reads beyond them
+    return {arena.take<Real>(padded), arena.take<Real>(padded), false};
+  }
+  // Of a sum that `added` is to be added to before; null: nothing is.
+  void fold(const Norm& norm, const void* added, Index channels) {
     const auto of = [](const void* values, Index channel, double otherwise) {
       return values ? double(static_cast<const Real*>(values)[channel]) : otherwise;
     };
@@ -41,7 +46,7 @@ struct Scaled {
     for (Index c = 0; c < channels; ++c) {
       const double factor = norm.variance ? of(norm.weight, c, 1) / std::sqrt(of(norm.variance, c, 1) + norm.epsilon) : 1;
       scale[c] = Real(factor);
-      shift[c] = Real(of(norm.bias, c, 0) - of(norm.mean, c, 0) * factor);
+      shift[c] = Real(of(norm.bias, c, 0) + (of(added, c, 0) - of(norm.mean, c, 0)) * factor);
     }
   }
   template <class V>

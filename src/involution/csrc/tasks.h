@@ -83,11 +83,22 @@ class Kept {
   Index size_ = 0;
 };
 
-enum class Use { SCRATCH, LAYER };
+enum class Use { TASKS, CALL };
 template <Use>
 Kept& kept() {
   static thread_local Kept kept;
   return kept;
+}
+
+// Calls body(pieces(arena)) on scratch of the calling thread that its tasks leave alone. Returns what body does, or 1 if there is none.
+template <class Pieces, class Body>
+int with_scratch(const Pieces& pieces, const Body& body) {
+  Arena measure(nullptr);
+  pieces(measure);
+  char* memory = kept<Use::CALL>().at_least((measure.used() + 4095) & ~Index(4095));
+  if (memory == nullptr) return 1;
+  Arena arena(memory);
+  return body(pieces(arena));
 }
 
 // How the tasks of an op are dealt out: in lots of consecutive ones, here each alone. `begin` and `finish` are for sums over tasks.
@@ -145,7 +156,7 @@ inline int run_plans(const Plan& plan, const Plan* other = nullptr) {
   const Index others = other ? other->lots : 0, in_turns = 2 * least(plan.lots, others);
   const Index threads = most(plan.threads, other ? other->threads : 1), bytes = most(plan.scratch, other ? other->scratch : 1);
   if (times(bytes, threads) >= TOO_MUCH) return 1;
-  char* memory = kept<Use::SCRATCH>().at_least(bytes * threads);
+  char* memory = kept<Use::TASKS>().at_least(bytes * threads);
   if (memory == nullptr) return 1;
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) if (threads > 1)

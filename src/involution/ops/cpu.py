@@ -19,6 +19,7 @@ _SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("12P")  # together `str
 # Together, with a norm twice, `struct Layer` of csrc/layer.h.
 _PRODUCT, _SOURCE, _NORM = struct.Struct("3P"), struct.Struct("6q"), struct.Struct("4Pdq")
 _FOLLOWING = struct.Struct("3q2P")  # with a norm, `struct Following` of csrc/follow.h
+_PLACES, _POINTWISE = struct.Struct("11q"), struct.Struct("9Pdq")  # together `struct Pointwise` of csrc/pointwise.h
 _PADDED = 16  # rows of partial sums are whole vectors of any width
 # Lots of partial sums: enough for the threads of a large machine, less where they take much memory. How many never
 # depends on the threads there are, so neither do the bits.
@@ -138,6 +139,38 @@ def follow(y: Tensor, norm: Sequence[Tensor | None], eps: float, beside: Tensor 
     following = _FOLLOWING.pack(*sizes, y.data_ptr(), _address(beside))
     if _library.involution_follow(following + _NORM.pack(*map(_address, norm), eps, relu)):
         raise MemoryError(f"no memory for the norm of a tensor of shape {tuple(y.shape)}.")
+
+
+def pointwise(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    norm: Sequence[Tensor | None],
+    eps: float,
+    beside: Tensor | None,
+    relu: bool,
+) -> None:
+    """Fill `out` with norm(weight @ x + bias) + beside, by known statistics, followed by ReLU or not.
+
+    Args:
+        out: (B, N, *O), dense with channels innermost, O = ceil(S / stride); float32 or float64.
+        x: (B, C, *S), of the same kind; neither is empty.
+        weight: (N, C), dense. Axes of size one may follow.
+        bias: (N,), dense, or None.
+        stride: step between outputs, one int per axis.
+        norm: mean, variance, weight and bias, each (N,), dense; None leaves out a part.
+        eps: what the norm adds to its variance.
+        beside: as `out`, or None to add nothing.
+        relu: whether ReLU follows.
+    """
+    assert _library is not None
+    _in_large_pages(out)
+    places = _pack_places(x.dtype, x.shape, out.shape[1], tuple(stride))
+    given = (x.data_ptr(), weight.data_ptr(), *map(_address, (bias, out, beside, *norm)), eps, relu)
+    if _library.involution_pointwise(places + _POINTWISE.pack(*given)):
+        raise MemoryError(f"no memory for the scratch of a 1x1 convolution of `x` of shape {tuple(x.shape)}.")
 
 
 def generated_grad_x(
@@ -342,6 +375,18 @@ def _pack_layer(
     of_kernel = (taps // prod(kernel_size), kernel_size, features, features_stride, nothing, 0)
     problem = _pack_generated(dtype, x, x_stride, y_stride, *of_kernel, *window)
     return problem, _SOURCE.pack(sources, *_lifted(source_stride))
+
+
+@lru_cache(maxsize=1024)
+def _pack_places(dtype: torch.dtype, x: Ints, channels: int, stride: Ints) -> bytes:
+    """The outputs of a 1x1 convolution of `x` of this shape, and the steps between what they read."""
+    (batch, sources, *size), missing = x, 5 - len(x)
+    steps = [sources * step * prod(size[axis + 1 :]) for axis, step in enumerate(stride)]
+    outputs = [-(-length // step) for length, step in zip(size, stride, strict=True)]
+    return _PLACES.pack(
+        *(_DTYPES[dtype], batch, sources, channels, *(1,) * missing, *outputs),
+        *(sources * prod(size), *(0,) * missing, *steps),
+    )
 
 
 def _sizes(

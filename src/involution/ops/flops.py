@@ -1,7 +1,7 @@
 """FLOP formulas of the ops for `torch.utils.flop_counter.FlopCounterMode`.
 
 Each op does one multiply-add, counted as two FLOPs, for every channel, tap and output position; a generated kernel
-takes those of its 1x1 convolution besides.
+takes those of its 1x1 convolution besides, and a 1x1 convolution does one for every input channel and output.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def _register() -> None:
     register_flop_formula(ops.grad_span)(_grad_span)
     register_flop_formula(ops.grad_x)(_grad_x)
     register_flop_formula(ops.grad_kernel)(_grad_kernel)
+    register_flop_formula(ops.pointwise)(_pointwise)
+    register_flop_formula(ops.layer)(_layer)
 
 
 def _forward(x: _Shape, kernel: _Shape, *window: Any, out_shape: _Shape, **_: Any) -> int:
@@ -111,3 +113,13 @@ def _grad_x(grad: _Shape, kernel: _Shape, *size_and_window: Any, **_: Any) -> in
 
 def _grad_kernel(grad: _Shape, x: _Shape, groups: int, kernel_size: _Shape, *window: Any, **_: Any) -> int:
     return 2 * prod(grad) * prod(kernel_size)
+
+
+def _pointwise(x: _Shape, weight: _Shape, *rest: Any, out_shape: _Shape, **_: Any) -> int:
+    return 2 * prod(out_shape) * weight[1]
+
+
+def _layer(x: _Shape, source: _Shape, reduce: _Shape, *rest: Any, out_shape: _Shape, **_: Any) -> int:
+    span, kernel_size = rest[7], rest[15]
+    places = prod(source) // source[1]
+    return 2 * prod(out_shape) * prod(kernel_size) + 2 * places * reduce[0] * (reduce[1] + span[0])

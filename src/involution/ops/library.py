@@ -22,28 +22,28 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from involution.ops import cpu, flops, reference
+from involution.ops import cpu, reference
 from involution.ops.transformed import transformable, transformed
 from involution.ops.unwatched import recorded, unwatched
 
 Ints = Sequence[int]
 
-_WINDOW = "int[] stride, int[] padding, int[] dilation"
+WINDOW = "int[] stride, int[] padding, int[] dilation"
 _library = torch.library.Library("involution", "DEF")
-_library.define(f"forward(Tensor x, Tensor kernel, {_WINDOW}) -> Tensor")
+_library.define(f"forward(Tensor x, Tensor kernel, {WINDOW}) -> Tensor")
 _library.define(
-    f"generated(Tensor x, Tensor features, Tensor weight, Tensor bias, int[] kernel_size, {_WINDOW}) -> Tensor"
+    f"generated(Tensor x, Tensor features, Tensor weight, Tensor bias, int[] kernel_size, {WINDOW}) -> Tensor"
 )
 _library.define(
     "generated_grad_x(Tensor grad, Tensor features, Tensor weight, Tensor bias, SymInt[] size, int[] kernel_size, "
-    f"{_WINDOW}) -> Tensor"
+    f"{WINDOW}) -> Tensor"
 )
 _library.define(
     "grad_span(Tensor grad, Tensor x, Tensor features, Tensor weight, int[] kernel_size, "
-    f"{_WINDOW}) -> (Tensor, Tensor, Tensor)"
+    f"{WINDOW}) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(f"grad_x(Tensor grad, Tensor kernel, SymInt[] size, {_WINDOW}) -> Tensor")
-_library.define(f"grad_kernel(Tensor grad, Tensor x, SymInt groups, SymInt[] kernel_size, {_WINDOW}) -> Tensor")
+_library.define(f"grad_x(Tensor grad, Tensor kernel, SymInt[] size, {WINDOW}) -> Tensor")
+_library.define(f"grad_kernel(Tensor grad, Tensor x, SymInt groups, SymInt[] kernel_size, {WINDOW}) -> Tensor")
 
 forward = torch.ops.involution.forward.default
 generated = torch.ops.involution.generated.default
@@ -360,6 +360,3 @@ for _op, _backward, _context in (
 ):
     _differentiate(_op, _backward, _context)
     _transformable[_op] = transformable(_op, _backward, _context)
-
-
-flops.register_when_counted()

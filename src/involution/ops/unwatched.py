@@ -15,7 +15,7 @@ from torch._C import _len_torch_function_stack as _function_modes
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, nn.Parameter)  # subclasses may have a dispatch of their own
+_PLAIN = frozenset((Tensor, nn.Parameter))  # subclasses may have a dispatch of their own
 
 
 # Asked once, as compiled code cannot ask in torch 2.11; of the other types of devices torch may refuse to answer.
@@ -43,7 +43,7 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
         return False
     if _mode_keys().raw_repr() not in _ALONE or _function_modes() or forward_ad._current_level >= 0:
         return False
-    return all(type(t) in _PLAIN and _tensor_keys(t).raw_repr() in _DENSE for t in tensors)
+    return _PLAIN.issuperset(map(type, tensors)) and _DENSE.issuperset([_tensor_keys(t).raw_repr() for t in tensors])
 
 
 def autocast_enabled(device: str) -> bool:
@@ -52,7 +52,12 @@ def autocast_enabled(device: str) -> bool:
 
 
 def recorded(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd would record an op on `tensors`: not within `torch.inference_mode`, whatever else is enabled."""
-    if not torch.is_grad_enabled() or _excluded(torch._C.DispatchKey.AutogradFunctionality):
+    """Whether autograd would record an op on `tensors`: not within `torch.inference_mode`, whatever else is enabled.
+
+    Compilers cannot ask for that mode; for them it disables derivatives.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling() and _excluded(torch._C.DispatchKey.AutogradFunctionality):
         return False
     return any(t.requires_grad for t in tensors)
