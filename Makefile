@@ -51,7 +51,7 @@ ASAN += UBSAN_OPTIONS=print_stacktrace=1
 sanitize: setup build/sanitized/.compiled ## Run the operator's tests under the address and undefined behaviour sanitizers
 	$(ASAN) $(BIN)/python -m pytest --capture=sys --libraries build/sanitized \
 		tests/ops/test_implementations.py tests/ops/test_generated.py tests/ops/test_inference.py \
-		tests/ops/test_follow.py tests/ops/sanitized.py
+		tests/ops/test_follow.py tests/ops/test_inferred.py tests/ops/sanitized.py
 
 build/sanitized/.compiled: CMakeLists.txt $(wildcard src/involution/csrc/*)
 	cmake -S . -B build/sanitized -DSANITIZE=ON -DCMAKE_CXX_COMPILER=g++

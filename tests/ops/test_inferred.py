@@ -12,7 +12,7 @@ from involution.ops.inferred import Behind, Product
 
 from ..cases import CASES, LAYOUTS, Case
 
-_LAST = {1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.description())
 _OPS = torch.ops.involution
 
 
@@ -166,18 +166,46 @@ def _arguments_of_layer(case: Case, number: int) -> tuple[Any, ...]:
     return x, grad, reduce, None, *_behind(5, number), span, bias, *_behind(channels, number + 1), *window
 
 
-# one that forward mode or a gradient is asked of has none, and says so
-_UTILS = ("test_schema", "test_faketensor")
-
-
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", range(len(_PLACES)))
-def test_opcheck_of_pointwise(number: int) -> None:
-    torch.library.opcheck(_OPS.pointwise, _arguments_of_pointwise(number), test_utils=_UTILS)
+def test_opcheck_of_pointwise(number: int, dtype: torch.dtype) -> None:
+    given = [t.to(dtype) if isinstance(t, Tensor) else t for t in _arguments_of_pointwise(number)]
+    torch.library.opcheck(_OPS.pointwise, tuple(given))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck_of_layer(case: Case) -> None:
-    torch.library.opcheck(_OPS.layer, _arguments_of_layer(case, 0), test_utils=_UTILS)
+    torch.library.opcheck(_OPS.layer, _arguments_of_layer(case, 0))
+
+
+@pytest.mark.parametrize("op", ["pointwise", "layer"])
+def test_derivatives_of_the_ops_are_refused(op: str) -> None:
+    x, *rest = _arguments_of_pointwise(3) if op == "pointwise" else _arguments_of_layer(CASES[0], 0)
+    with pytest.raises(RuntimeError, match="no derivatives: they are for networks that only infer"):
+        getattr(_OPS, op)(x.clone().requires_grad_(), *rest).sum().backward()
+
+
+def _misfits() -> dict[str, tuple[Any, ...]]:
+    x, weight, bias, other = _X, _WEIGHT, torch.randn(1, dtype=torch.float64), _innermost(2, 7, 1, 1)
+    nothing = (None,) * 4
+    return {
+        "weights of another dtype": (x, weight.float(), None, [1, 1], *nothing, 0.0, False, None),
+        "weights of fewer channels": (x, weight[:, :3], None, [1, 1], *nothing, 0.0, False, None),
+        "a norm of fewer channels": (x, weight, None, [1, 1], bias, bias, None, None, 0.0, False, None),
+        "a shortcut of another dtype": (x, weight, None, [1, 1], *nothing, 0.0, False, other.bool()),
+        "a shortcut of other sizes": (x, weight, None, [1, 1], *nothing, 0.0, False, other[:, :3]),
+    }
+
+
+@pytest.mark.parametrize("given", _misfits().values(), ids=_misfits())
+def test_the_op_computes_nothing_of_what_does_not_fit(given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left to torch, which refuses it or does not."""
+    monkeypatch.setattr(cpu, "pointwise", lambda *_: pytest.fail("reads what there is not"))
+    try:
+        found = _OPS.pointwise(*given)
+    except RuntimeError:
+        return
+    torch.testing.assert_close(found, inferred._define_pointwise(*given))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

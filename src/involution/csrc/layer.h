@@ -34,7 +34,7 @@ struct Scaled {
   bool relu;
 
   static Scaled take(Arena& arena, Index channels) {
-    const Index padded = channels + CACHE_LINE;  // a last vector that channels do not fill reads beyond them
+    const Index padded = channels + CACHE_LINE;  // the last vector of a group, which it may not fill, reads beyond them
     return {arena.take<Real>(padded), arena.take<Real>(padded), false};
   }
   // Of a sum that `added` is to be added to before; null: nothing is.

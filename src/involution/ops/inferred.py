@@ -60,21 +60,14 @@ def pointwise(
     Returns:
         (B, N, *O), channels innermost, with O = ceil(S / stride); or None.
     """
-    shape, channels = x.shape, product.weight.shape[0]
-    if len(shape) != product.weight.dim():
+    if not x.is_cpu or not _only_infers([x, *product, *behind[:4], beside]):
         return None
-    sizes = (channels * shape[1], *(channels,) * 5)
-    if not _fit(x, (*product, *behind[:4]), sizes, beside):
+    output = _output_of(x, product, stride, behind, beside)
+    if output is None:
         return None
-    if not _channels_innermost(x) or x.numel() == 0:
-        return None
-    compiling = torch.compiler.is_compiling()
-    size, strides = (_output if compiling else _known_output)(shape, channels, tuple(stride))
-    if beside is not None and (beside.shape != size or not _channels_innermost(beside)):
-        return None
-    if compiling:
+    if torch.compiler.is_compiling():
         return _pointwise(x, *product, list(stride), *behind, beside)
-    y = x.new_empty_strided(size, strides)
+    y = x.new_empty_strided(*output)
     cpu.pointwise(y, x, *product, stride, behind[:4], behind.eps, beside, behind.relu)
     return y
 
@@ -89,9 +82,9 @@ def follow(y: Tensor, behind: Behind, beside: Tensor | None = None) -> bool:
         behind: for C channels; its ReLU comes last.
         beside: as `y`, or None to add nothing.
     """
-    if torch.compiler.is_compiling() or y.dim() != 4 or not _fit(y, behind[:4], (y.shape[1],) * 4, beside):
+    if torch.compiler.is_compiling() or not y.is_cpu or not _only_infers([y, *behind[:4], beside]):
         return False
-    if not _channels_innermost(y) or y.numel() == 0:
+    if y.dim() != 4 or not _fit(y, behind[:4], (y.shape[1],) * 4, beside) or not _channels_innermost(y):
         return False
     if beside is not None and (beside.shape != y.shape or beside.stride() != y.stride()):
         return False
@@ -101,9 +94,8 @@ def follow(y: Tensor, behind: Behind, beside: Tensor | None = None) -> bool:
 
 def fits_layer(x: Tensor, reduce: Product, features: Behind, span: Product, behind: Behind, taps: int) -> bool:
     """Whether `layer` may be called: whether the sizes fit, for `taps` of all groups, and nothing would be noticed."""
-    channels, reduced = x.shape[1], reduce.weight.shape[0]
-    sizes = (reduced * channels, reduced, taps * reduced, taps, *(reduced,) * 4, *(channels,) * 4)
-    return x.numel() > 0 and _fit(x, (*reduce, *span, *features[:4], *behind[:4]), sizes)
+    parameters = (*reduce, *span, *features[:4], *behind[:4])
+    return _fit(x, parameters, _sizes_of_layer(x, reduce, taps)) and _only_infers([x, *parameters])
 
 
 def layer(
@@ -140,25 +132,45 @@ def layer(
 
 
 def _fit(x: Tensor, parameters: Sequence[Tensor | None], sizes: Ints, beside: Tensor | None = None) -> bool:
-    """Whether the C++ code takes these tensors, parameters dense and of these sizes, and nothing would be noticed."""
+    """Whether the C++ code takes these tensors: it does if parameters are dense and of these sizes."""
     dtype = x.dtype
-    if not x.is_cpu or dtype not in _DTYPES or not cpu.available():
+    if not x.is_cpu or dtype not in _DTYPES or not cpu.available() or x.numel() == 0:
         return False
-    tensors = [x]
     for t, size in zip(parameters, sizes, strict=True):
-        if t is None:
-            continue
-        if t.dtype is not dtype or t.numel() != size or not t.is_contiguous():
+        if t is not None and (t.dtype is not dtype or t.numel() != size or not t.is_contiguous()):
             return False
-        tensors.append(t)
-    if beside is not None:
-        if beside.dtype is not dtype:
-            return False
-        tensors.append(beside)
+    return beside is None or beside.dtype is dtype
+
+
+def _only_infers(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether no derivative is asked for and nothing watches, or torch compiles."""
     if torch.compiler.is_compiling():
         exporting = torch.compiler.is_exporting()  # for who may know torch's own ops only
         return not (exporting or torch.is_grad_enabled() or autocast_enabled("cpu") or transformed())
-    return unwatched(tensors) and not recorded(tensors)
+    given = [t for t in tensors if t is not None]
+    return unwatched(given) and not recorded(given)
+
+
+def _sizes_of_layer(x: Tensor, reduce: Product, taps: int) -> Ints:
+    """How many numbers are in each of a layer's parameters."""
+    channels, reduced = x.shape[1], reduce.weight.shape[0]
+    return (reduced * channels, reduced, taps * reduced, taps, *(reduced,) * 4, *(channels,) * 4)
+
+
+def _output_of(
+    x: Tensor, product: Product, stride: Ints, behind: Behind, beside: Tensor | None
+) -> tuple[Ints, Ints] | None:
+    """Shape and strides of what `pointwise` gives; None if the C++ code does not take these tensors."""
+    shape, channels = x.shape, product.weight.shape[0]
+    if len(shape) != product.weight.dim():
+        return None
+    sizes = (channels * shape[1], *(channels,) * 5)
+    if not _fit(x, (*product, *behind[:4]), sizes, beside) or not _channels_innermost(x):
+        return None
+    output = (_output if torch.compiler.is_compiling() else _known_output)(shape, channels, tuple(stride))
+    if beside is not None and (beside.shape != output[0] or not _channels_innermost(beside)):
+        return None
+    return output
 
 
 def _channels_innermost(x: Tensor) -> bool:
@@ -178,7 +190,7 @@ def _output(x: Ints, channels: int, stride: Ints) -> tuple[Ints, Ints]:
 _known_output = lru_cache(maxsize=1024)(_output)
 
 
-# The ops that compilers see. They have no derivatives.
+# The ops that compilers see. They have no derivatives, and a backward pass says so.
 
 _BEHIND = "Tensor? {0}mean, Tensor? {0}variance, Tensor? {0}scale, Tensor? {0}shift, float {0}eps, bool {0}relu"
 _library = torch.library.Library("involution", "FRAGMENT")
@@ -205,7 +217,8 @@ def _define_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: In
     """The op by torch's own."""
     *behind, beside = rest
     last = x.movedim(1, -1)[(slice(None), *(slice(None, None, step) for step in stride))]
-    return _done(F.linear(last, weight.flatten(1), bias).movedim(-1, 1), Behind(*behind), beside)
+    y = _done(F.linear(last, weight.flatten(1), bias).movedim(-1, 1), Behind(*behind), beside)
+    return _allocate_pointwise(x, weight, bias, stride).copy_(y)
 
 
 def _define_layer(x: Tensor, source: Tensor, reduce: Tensor, reduce_bias: Tensor | None, *rest: Any) -> Tensor:
@@ -214,7 +227,7 @@ def _define_layer(x: Tensor, source: Tensor, reduce: Tensor, reduce_bias: Tensor
     made = F.linear(source.movedim(1, -1), reduce.flatten(1), reduce_bias).movedim(-1, 1)
     y = _allocate_layer(x, source)
     reference.generated(y, x, _done(made, features), span.flatten(1), bias, *window)
-    return _done(y, behind)
+    return y.copy_(_done(y, behind))
 
 
 def _done(y: Tensor, behind: Behind, beside: Tensor | None = None) -> Tensor:
@@ -227,32 +240,53 @@ def _done(y: Tensor, behind: Behind, beside: Tensor | None = None) -> Tensor:
 
 
 def _run_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, *rest: Any) -> Tensor:
-    *norm, eps, relu, beside = rest
-    y = x.new_empty_strided(*_known_output(x.shape, weight.shape[0], tuple(stride)))
-    if x.dtype not in _DTYPES or y.numel() == 0 or x.numel() == 0:
+    *given, beside = map(_dense, rest)
+    innermost, beside = _innermost(x), None if beside is None else _innermost(beside)
+    product, behind = Product(weight.contiguous(), _dense(bias)), Behind(*given)
+    output = _output_of(innermost, product, stride, behind, beside)
+    if output is None:
         return _define_pointwise(x, weight, bias, stride, *rest)
-    *norm, bias = (None if t is None else t.contiguous() for t in (*norm, bias))
-    beside = None if beside is None else _innermost(beside)
-    cpu.pointwise(y, _innermost(x), weight.contiguous(), bias, stride, norm, eps, beside, relu)
+    y = x.new_empty_strided(*output)
+    cpu.pointwise(y, innermost, *product, stride, behind[:4], behind.eps, beside, behind.relu)
     return y
 
 
 def _run_layer(x: Tensor, source: Tensor, *rest: Any) -> Tensor:
-    if x.dtype not in _DTYPES or x.numel() == 0:
+    given = [*map(_dense, rest)]
+    reduce, features, span, behind = (
+        Product(*given[:2]),
+        Behind(*given[2:8]),
+        Product(*given[8:10]),
+        Behind(*given[10:16]),
+    )
+    parameters, taps = (*reduce, *span, *features[:4], *behind[:4]), span.weight.shape[0]
+    alike = source.dtype is x.dtype and source.shape[:2] == x.shape[:2] and source.dim() == x.dim()
+    if span.bias is None or not alike or not _fit(x, parameters, _sizes_of_layer(x, reduce, taps)):
         return _define_layer(x, source, *rest)
-    given: list[Any] = [t.contiguous() if isinstance(t, Tensor) else t for t in rest]
-    features, behind = Behind(*given[2:8]), Behind(*given[10:16])
-    return layer(x, source, Product(*given[:2]), features, Product(*given[8:10]), behind, *given[16:])
+    return layer(x, source, reduce, features, span, behind, *given[16:])
 
 
 def _innermost(x: Tensor) -> Tensor:
     return x if _channels_innermost(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-torch.library.register_fake("involution::pointwise", _allocate_pointwise, lib=_library)
-torch.library.register_fake("involution::layer", _allocate_layer, lib=_library)
-_library.impl("pointwise", _define_pointwise, "CompositeExplicitAutograd")
-_library.impl("layer", _define_layer, "CompositeExplicitAutograd")
-if cpu.available():
-    _library.impl("pointwise", _run_pointwise, "CPU")
-    _library.impl("layer", _run_layer, "CPU")
+def _dense(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "involution::pointwise and involution::layer have no derivatives: they are for networks that only infer. "
+        "Call the layers, which use them where no derivative is asked for."
+    )
+
+
+for _name, _allocate, _define, _run in (
+    ("pointwise", _allocate_pointwise, _define_pointwise, _run_pointwise),
+    ("layer", _allocate_layer, _define_layer, _run_layer),
+):
+    torch.library.register_fake(f"involution::{_name}", _allocate, lib=_library)
+    torch.library.register_autograd(f"involution::{_name}", _refuse, lib=_library)
+    _library.impl(_name, _define, "CompositeExplicitAutograd")
+    if cpu.available():
+        _library.impl(_name, _run, "CPU")
