@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from involution.ops import cpu, inferred
@@ -224,6 +225,16 @@ def test_the_ops_take_any_layout_and_dtype(layout: str) -> None:
         expected = inferred._define_layer(x, source, *rest)
         given = [LAYOUTS[layout][0](t, x.dim() - 2) for t in (x, source)]
         torch.testing.assert_close(_OPS.layer(*given, *rest), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_ops_copy_nothing_that_lies_as_it_should() -> None:
+    layer = _arguments_of_layer(CASES[0], 0)
+    with profile() as profiled:
+        for number in range(len(_PLACES)):
+            _OPS.pointwise(*_arguments_of_pointwise(number))
+        _OPS.layer(*layer)
+    assert not {event.key for event in profiled.key_averages()} & {"aten::copy_", "aten::clone", "aten::contiguous"}
 
 
 def test_flops() -> None:

@@ -143,7 +143,7 @@ def _fit(x: Tensor, parameters: Sequence[Tensor | None], sizes: Ints, beside: Te
 
 
 def _only_infers(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether no derivative is asked for and nothing watches, or torch compiles."""
+    """Whether no derivative is asked for, and nothing watches but a compiler."""
     if torch.compiler.is_compiling():
         exporting = torch.compiler.is_exporting()  # for who may know torch's own ops only
         return not (exporting or torch.is_grad_enabled() or autocast_enabled("cpu") or transformed())
@@ -240,7 +240,7 @@ def _done(y: Tensor, behind: Behind, beside: Tensor | None = None) -> Tensor:
 
 
 def _run_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, *rest: Any) -> Tensor:
-    *given, beside = map(_dense, rest)
+    *given, beside = *map(_dense, rest[:-1]), rest[-1]
     innermost, beside = _innermost(x), None if beside is None else _innermost(beside)
     product, behind = Product(weight.contiguous(), _dense(bias)), Behind(*given)
     output = _output_of(innermost, product, stride, behind, beside)
