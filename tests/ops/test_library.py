@@ -325,7 +325,6 @@ import importlib.util
 importlib.util.find_spec("torch.utils.flop_counter")
 """
 _RUN = """
-import torch
 from involution import involution
 """
 _PRINT = """
@@ -338,19 +337,31 @@ print({str(op): count for op, count in counts.items()})
 """
 
 
-_ORDERS = {
-    "counter first": _COUNT + _RUN,
-    "involution first": _RUN + _COUNT,
-    "counter looked for, then imported": _RUN + _SEARCH + _COUNT,
-}
+# Counter first; involution first; counter looked for, then imported.
+_ORDERS = (_COUNT + _RUN, _RUN + _COUNT, _RUN + _SEARCH + _COUNT)
 
 
-@pytest.mark.parametrize("script", _ORDERS.values(), ids=_ORDERS)
-def test_flop_counter_knows_the_ops(script: str) -> None:
+# Each in a copy of a process that has imported torch, and nothing else yet.
+_FORK = """
+import os
+import sys
+import torch
+
+for script in sys.argv[1:]:
+    if not (child := os.fork()):
+        exec(script)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, script
+"""
+
+
+def test_flop_counter_knows_the_ops() -> None:
     """Two FLOPs for every channel, tap and output, whichever is imported first."""
+    scripts = [script + _PRINT for script in _ORDERS]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script + _PRINT], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", _FORK, *scripts], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     flops = 2 * (2 * 6 * 5 * 4) * (3 * 5)
-    assert done.stdout.strip() == str({f"involution.{op}": flops for op in OPS})
+    assert done.stdout.splitlines() == [str({f"involution.{op}": flops for op in OPS})] * len(scripts)

@@ -1,4 +1,6 @@
+import csv
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -202,3 +204,18 @@ def test_a_run_that_diverges_stops_with_advice(tmp_path, monkeypatch, capsys):
         r"advise, clip gradients \(`--trainer.gradient_clip_val 5`\) or lower `--model.lr`.",
         line,
     )
+
+
+def test_a_fit_tells_its_pace_and_draws_its_curves(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    small_net = ["--model.options.base_width", "16", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    settings = ["--data.size", "16", "--data.batch_size", "128", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", *small_net, *settings, "--trainer.log_every_n_steps", "1", "--folder", "run"]) == 0
+    told = capsys.readouterr().out
+    assert not caplog.messages  # Lightning has nothing to remark
+    assert "learning curves  run/curves.png" in told
+    assert Path("run/curves.png").stat().st_size > 5000
+    with Path("run/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["images/s"]]
+    assert len(rows) == 1100 // 128
+    assert all(1 < float(row["images/s"]) < 1e6 and 0 < float(row["waiting"]) < 1 for row in rows)
