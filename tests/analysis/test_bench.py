@@ -12,6 +12,12 @@ from involution.cli import main
 SHAPES = [(1, 64, 8)]
 
 
+@pytest.fixture(autouse=True)
+def _unsettled(monkeypatch):
+    """Times here say nothing, so they need not be good ones."""
+    monkeypatch.setattr(cost, "_SETTLING", 0.0)
+
+
 @pytest.fixture
 def untimed(monkeypatch):
     def refuse(*_, **__):
