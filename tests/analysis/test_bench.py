@@ -162,6 +162,20 @@ def test_networks_are_recorded_with_their_mirror(tmp_path, capsys):
     assert "| rednet26 / resnet26 " in capsys.readouterr().out
 
 
+def test_networks_are_recorded_as_torch_makes_them(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(bench_model, "_step", lambda network, images, _: given.append((network, images)) or list)
+    for layout, innermost in (("channels_last", True), ("contiguous", False)):
+        rows = bench_model.model(
+            ["rednet26"], [2], 64, ["inference"], layout, unfold=False, memory=False, rounds=1, out=tmp_path
+        )
+        assert {row.layout for row in rows} == {layout}
+        for network, images in given:
+            weights = [p for p in network.parameters() if p.dim() == 4 and min(p.shape) > 1]
+            assert {t.is_contiguous(memory_format=torch.channels_last) for t in (images, *weights)} == {innermost}
+        given.clear()
+
+
 def test_what_remains_without_involutions_has_their_shapes():
     network = timm.create_model("rednet26", num_classes=3, base_width=16, stem_width=32)
     layers = sum(p.numel() for m in network.modules() if isinstance(m, Involution2d) for p in m.parameters())

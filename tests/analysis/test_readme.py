@@ -47,7 +47,7 @@ def test_the_newest_rows_of_every_file_are_told(tmp_path):
         "| involution                  | 4.00 (1.00) |           1.00 |\n"
         "| rival                       | 8.00 (2.00) |           2.00 |\n"
         "\n"
-        "Networks: time and peak memory, divided. "
+        "Networks (channels_last): time and peak memory, divided. "
         "Medians of interleaved rounds on a processor, 2 threads, torch 2.14, commit abc1234, 2026-01-02.\n"
         "\n"
         "| times as much       | inference, batch 1 | inference, batch 1, memory |\n"

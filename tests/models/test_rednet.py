@@ -326,7 +326,7 @@ def test_grad_checkpointing_changes_no_gradient() -> None:
 @pytest.mark.parametrize("stem", ["involution", "convolution"])
 def test_stem_run_again_changes_memory_and_nothing_else(stem: str) -> None:
     """All that is kept inside the stem is its input and what its convolutions give."""
-    x, results, kept = torch.randn(2, 3, 33, 64), [], []
+    x, results, kept = torch.randn(2, 3, 33, 64).to(memory_format=torch.channels_last), [], []
     for again in (False, True):
         model = slim(stem=stem, recompute_stem=again).train()
         given = {x.data_ptr()} | {parameter.data_ptr() for parameter in model.parameters()}
@@ -493,8 +493,24 @@ def test_what_is_done_at_once_is_what_torch_does_in_turn(
     monkeypatch.setattr(cpu, "available", lambda: False)
     torch.testing.assert_close(found, net(x), rtol=1e-12, atol=1e-12)
     # two products in eight blocks and, in four of them, that of the shortcut; norms of the stem's two convolutions
-    wanted = [] if layout is torch.contiguous_format else ["follow"] * (0 if folded else 2) + ["pointwise"] * 20
+    wanted = ["follow"] * (0 if folded else 2) + ["pointwise"] * 20
     assert sorted(calls) == (wanted if served else [])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("stem", ["involution", "convolution"])
+def test_images_of_any_layout_run_with_channels_innermost(channels: int, stem: str) -> None:
+    """Also those of one channel, whose layout torch cannot tell."""
+    x, nets = torch.randn(2, channels, 33, 65), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net, images = slim(in_chans=channels, stem=stem).train(), x.to(memory_format=layout)
+        strides = images.stride()
+        maps = net.forward_intermediates(images, intermediates_only=True)
+        assert all(y.is_contiguous(memory_format=torch.channels_last) for y in maps)
+        sum(y.square().sum() for y in maps).backward()
+        nets.append([*maps, *(p.grad for p in net.parameters() if p.grad is not None)])
+        assert images.stride() == strides
+    assert all(map(torch.equal, *nets))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from involution.models import mirrored_resnet
 from involution.names import unknown
 
 Direction = Literal["inference", "inference compiled", "training step"]
+Layout = Literal["channels_last", "contiguous"]
 
 _FORMULA, _PRODUCTS, _STORED, _FOLDED, _WITHOUT = (
     " (unfold formula)",
@@ -28,6 +29,7 @@ _FORMULA, _PRODUCTS, _STORED, _FOLDED, _WITHOUT = (
     " (norms folded)",
     " (no involutions)",
 )
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 _LEFT_OUT: dict[str, tuple[str, ...]] = {
     "inference": (),
     "inference compiled": (_FORMULA,),
@@ -40,6 +42,7 @@ def model(
     batches: Sequence[int] = (1, 8),
     size: int = 224,
     directions: Sequence[Direction] = ("inference", "inference compiled", "training step"),
+    layout: Layout = "channels_last",
     unfold: bool = True,
     memory: bool = True,
     rounds: int = 20,
@@ -58,6 +61,7 @@ def model(
         batches: batch sizes; a training step is timed for the largest only.
         size: pixels a side.
         directions: eager inference, inference compiled with frozen weights, an eager training step.
+        layout: memory format of images and networks; contiguous is what torch makes unasked.
         unfold: also time each RedNet on the unfold formula, eager.
         memory: also measure the peak memory of a training step, each in a process of its own.
         rounds: how often each network is timed, in turns with those it is compared with.
@@ -70,7 +74,7 @@ def model(
     """
     _check(archs, batches, size, directions)
     record.check(out / "model.csv")
-    here = record.here()
+    here = record.here() | {"layout": layout}
     rows: list[Row] = []
     for arch in archs:
         torch.manual_seed(0)
@@ -80,10 +84,10 @@ def model(
         bases |= {name + _FOLDED: mirror for name in (arch, mirror)}
         if unfold:
             bases[arch + _FORMULA] = arch
-        networks = {name: _network(name) for name in bases}
+        networks = {name: _network(name, layout) for name in bases}
         for batch in batches:
             chosen = [d for d in directions if d != "training step" or batch == max(batches)]
-            found = _rows(networks, bases, _images(batch, size), chosen, memory, rounds, here)
+            found = _rows(networks, bases, _images(batch, size, layout), chosen, memory, rounds, here)
             record.add(found, out / "model.csv")  # at once: what follows takes minutes, and may be interrupted
             rows += found
     print(f"\nrows added to {out / 'model.csv'}")
@@ -106,8 +110,8 @@ def _check(archs: Sequence[str], batches: Sequence[int], size: int, directions: 
             raise ValueError(f"`archs`: {unknown('RedNet', arch, known)}")
 
 
-def _network(name: str) -> nn.Module:
-    """A network by the name that rows give it, in channels-last layout."""
+def _network(name: str, layout: Layout) -> nn.Module:
+    """A network by the name that rows give it."""
     arch = name.partition(" ")[0]
     if arch.startswith("rednet"):
         network = timm.create_model(arch, fused=not name.endswith(_STORED))
@@ -121,12 +125,12 @@ def _network(name: str) -> nn.Module:
         network = contenders.with_matrix_products(network)
     if name.endswith(_FOLDED):
         network = contenders.with_folded_norms(network)
-    return network.to(memory_format=torch.channels_last)
+    return network.to(memory_format=_FORMATS[layout])
 
 
-def _images(batch: int, size: int) -> Tensor:
+def _images(batch: int, size: int, layout: Layout) -> Tensor:
     """(batch, 3, size, size)."""
-    return torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    return torch.randn(batch, 3, size, size).to(memory_format=_FORMATS[layout])
 
 
 def _rows(
@@ -145,6 +149,7 @@ def _rows(
         work[name] = work[arch]
         _check_formula(networks[arch], networks[name], images)
     shape = "x".join(map(str, images.shape))
+    described: dict[str, Any] = {"shape": shape, "window": "", "dtype": "float32"}
     rows = []
     for direction in directions:
         print(f"timing {arch}, {shape}, {direction} ...", file=sys.stderr, flush=True)
@@ -153,9 +158,9 @@ def _rows(
         runs = {name: _step(networks[name], images, direction) for name in names}
         for name, times in cost.interleaved(runs, rounds, warm_up=3, seconds=90).items():
             training = direction == "training step"
-            peak = peak_mib(_training_steps, name, len(images), images.shape[-1]) if memory and training else None
+            given = (name, len(images), images.shape[-1], here["layout"])
+            peak = peak_mib(_training_steps, *given) if memory and training else None
             figures = record.figures(times, (3 if training else 1) * work[name], peak_mib=peak)
-            described: dict[str, Any] = {"shape": shape, "window": "", "dtype": "float32", "layout": "channels_last"}
             rows.append(Row("model", name, bases[name], direction, **described, **figures, **here))
     return rows
 
@@ -190,11 +195,11 @@ def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
 
 
-def _training_steps(name: str, batch: int, size: int) -> tuple[Step, Step]:
+def _training_steps(name: str, batch: int, size: int, layout: Layout) -> tuple[Step, Step]:
     """A training step of the network on two small images, which makes the optimiser's state, and the one to measure."""
-    network = _network(name)
+    network = _network(name, layout)
     optimizer = _optimizer(network)
-    small, images = _images(2, 64), _images(batch, size)
+    small, images = _images(2, 64, layout), _images(batch, size, layout)
     return _training_step(network, small, optimizer), _training_step(network, images, optimizer)
 
 

@@ -67,9 +67,11 @@ def _operator(rows: list[Row]) -> list[str]:
 
 
 def _networks(rows: list[Row]) -> list[str]:
-    if not rows:
-        return []
-    return [f"Networks: time and peak memory, divided. {_measured(rows)}", table.summary(rows)]
+    parts = []
+    for layout in dict.fromkeys(row.layout for row in rows):
+        here = [row for row in rows if row.layout == layout]
+        parts += [f"Networks ({layout}): time and peak memory, divided. {_measured(here)}", table.summary(here)]
+    return parts
 
 
 def _gpu(rows: list[Row]) -> list[str]:

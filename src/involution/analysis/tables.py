@@ -81,7 +81,8 @@ def table(
             network = each.make().eval()
             for norm in network.modules():
                 if isinstance(norm, _BatchNorm):
-                    norm.forward = nn.Identity().forward  # as large; norms take half the time on this device
+                    # What comes out is as large, and norms take half the time on this device.
+                    norm.forward = nn.Identity().forward  # type: ignore[method-assign]
             counts = each.count(network)
         size, trained = cost.parameters(network), sum(p.numel() for p in network.parameters() if p.requires_grad)
         work = (counts.macs, counts.flops)

@@ -25,6 +25,7 @@ from involution.inference import NOTHING
 from involution.models.official import backbone
 from involution.models.recompute import recomputed, recomputes
 from involution.nn import Involution2d, followed
+from involution.ops.transformed import transformed
 from involution.pointwise import PointwiseConv2d, fold_norms, is_watched
 
 BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -115,7 +116,8 @@ class RedNet(nn.Module):
 
     `groups`, `group_channels` and `reduction` leave the stem alone, as the paper's ablations do.
 
-    Shapes: (B, in_chans, H, W) -> (B, num_classes). H and W may be odd.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes). H and W may be odd. On a CPU feature maps have their channels
+    innermost (torch.channels_last), whatever the layout of the images.
 
     Raises:
         TypeError, ValueError: if an argument or the images do not fit; the message names what.
@@ -183,7 +185,7 @@ class RedNet(nn.Module):
             self.stem = _involution_stem(in_chans, stem_width, stem_kernel, fused)
         else:
             self.stem = _convolution_stem(in_chans, stem_width)
-        self.stem.get_submodule("conv1").register_forward_pre_hook(_check_images)
+        self.stem.get_submodule("conv1").register_forward_pre_hook(_take_images)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.feature_info: list[dict[str, Any]] = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
 
@@ -374,8 +376,12 @@ def _check_int(name: str, value: int) -> None:
         raise TypeError(f"`{name}` must be an int; got {value!r}.") from None
 
 
-def _check_images(conv: nn.Conv2d, args: tuple[Tensor]) -> None:
-    """Refuse images that the first convolution would refuse in its own words, or take for something else."""
+def _take_images(conv: nn.Conv2d, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Refuse images that the first convolution would refuse in its own words, or take for something else.
+
+    On a CPU the images' channels are put innermost, and so are those of all features then: for the copy of an image
+    the network runs in its fastest layout. Batches of torch.func have none, and exported programs leave it to others.
+    """
     (x,), weight = args, conv.weight
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         raise ValueError(
@@ -391,6 +397,9 @@ def _check_images(conv: nn.Conv2d, args: tuple[Tensor]) -> None:
         torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     ):
         raise TypeError(f"`x` must be of the network's dtype, {weight.dtype}; got {x.dtype}. Convert one of them.")
+    if not x.is_cpu or transformed() or torch.compiler.is_exporting():
+        return args
+    return (x.to(memory_format=torch.channels_last),)
 
 
 def _involution_stem(in_chans: int, width: int, kernel_size: int, fused: bool) -> ConvNorms:
