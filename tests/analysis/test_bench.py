@@ -55,6 +55,9 @@ def test_every_variant_is_recorded_with_its_settings(tmp_path, capsys):
         "bfloat16": ("K7 D16", "bfloat16", "channels_last"),
         "float16": ("K7 D16", "float16", "channels_last"),
         "one thread": ("K7 D16", "float32", "channels_last"),
+        "base, one image": ("K7 D16", "float32", "channels_last"),
+        "K 3, one image": ("K3 D16", "float32", "channels_last"),
+        "D 4, one image": ("K7 D4", "float32", "channels_last"),
         **{f"K {size}": (f"K{size} D16", "float32", "channels_last") for size in (3, 5, 9)},
         **{f"D {channels}": (f"K7 D{channels}", "float32", "channels_last") for channels in (4, 8, 32, 64)},
         "copy of 64 MiB": ("K7 D16", "float32", "channels_last"),
@@ -80,6 +83,16 @@ def test_processes_do_a_part_of_the_batch_each(tmp_path):
     (base,) = (row for row in rows if row.contender == "base" and row.shape == "2x64x6x6")
     assert (processes.shape, processes.threads, processes.base) == ("2x64x6x6", 2, "base")
     assert processes.gflops * processes.p50_ms == pytest.approx(base.gflops * base.p50_ms, rel=1e-2)
+
+
+def test_one_image_serves_the_whole_batch():
+    shape = problem.Problem(3, 16, 4, kernel_size=3)
+    x, kernel, _ = bench_variants._tensors("base, one image", shape)
+    assert (x.shape, kernel.shape) == ((3, 16, 4, 4), (3, 1, 3, 3, 4, 4))
+    assert x.untyped_storage().nbytes() == shape.tensors()[0].untyped_storage().nbytes()
+    assert (x.stride(0), kernel.stride(0)) == (0, 0)
+    other, _, _ = bench_variants._tensors("base", shape)
+    assert other.stride(0) == 16 * 4 * 4
 
 
 def test_one_thread_is_one_thread_and_for_one_call_only():

@@ -380,7 +380,8 @@ def _take_images(conv: nn.Conv2d, args: tuple[Tensor]) -> tuple[Tensor]:
     """Refuse images that the first convolution would refuse in its own words, or take for something else.
 
     On a CPU the images' channels are put innermost, and so are those of all features then: for the copy of an image
-    the network runs in its fastest layout. Batches of torch.func have none, and exported programs leave it to others.
+    the network runs in its fastest layout. Not for batches of torch.func and subclasses of tensors, which may have no
+    such layout, and not in exported programs, which others run.
     """
     (x,), weight = args, conv.weight
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
@@ -397,7 +398,7 @@ def _take_images(conv: nn.Conv2d, args: tuple[Tensor]) -> tuple[Tensor]:
         torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     ):
         raise TypeError(f"`x` must be of the network's dtype, {weight.dtype}; got {x.dtype}. Convert one of them.")
-    if not x.is_cpu or transformed() or torch.compiler.is_exporting():
+    if type(x) is not Tensor or not x.is_cpu or transformed() or torch.compiler.is_exporting():
         return args
     return (x.to(memory_format=torch.channels_last),)
 
