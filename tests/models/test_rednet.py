@@ -514,6 +514,14 @@ def test_images_of_any_layout_run_with_channels_innermost(channels: int, stem: s
 
 
 @torch.no_grad()
+def test_batches_of_transforms_keep_their_layout() -> None:
+    """They have no layout that could be asked for."""
+    x = torch.randn(3, 3, 33, 65, dtype=torch.double)
+    net = lived_in(slim().double(), x)
+    torch.testing.assert_close(torch.func.vmap(lambda image: net(image[None])[0])(x), net(x))
+
+
+@torch.no_grad()
 def test_hooks_keep_what_they_saw() -> None:
     """A hook at a time, on each of the modules: what is done at once elsewhere must not reach it."""
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
