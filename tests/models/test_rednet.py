@@ -521,6 +521,16 @@ def test_batches_of_transforms_keep_their_layout() -> None:
     torch.testing.assert_close(torch.func.vmap(lambda image: net(image[None])[0])(x), net(x))
 
 
+def test_subclasses_of_tensors_keep_their_layout() -> None:
+    class Other(Tensor):
+        pass
+
+    x, net, seen = torch.randn(1, 3, 33, 65).as_subclass(Other), slim(), []
+    net.stem.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net(x)
+    assert seen[0] is x
+
+
 @torch.no_grad()
 def test_hooks_keep_what_they_saw() -> None:
     """A hook at a time, on each of the modules: what is done at once elsewhere must not reach it."""
@@ -551,6 +561,7 @@ def test_exported_program_is_equal() -> None:
     model = shallow(x)
     exported = torch.export.export(model, (x,))
     assert any(node.target is torch.ops.involution.generated.default for node in exported.graph.nodes)
+    assert not any("memory_format" in node.kwargs for node in exported.graph.nodes)  # layouts are for who runs it
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
