@@ -15,6 +15,7 @@ from involution import cost
 from involution.analysis import contenders, record, table
 from involution.analysis.memory import Step, peak_mib
 from involution.analysis.plot import draw
+from involution.analysis.problem import FORMATS
 from involution.analysis.record import Row
 from involution.models import mirrored_resnet
 from involution.names import unknown
@@ -29,7 +30,6 @@ _FORMULA, _PRODUCTS, _STORED, _FOLDED, _WITHOUT = (
     " (norms folded)",
     " (no involutions)",
 )
-_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 _LEFT_OUT: dict[str, tuple[str, ...]] = {
     "inference": (),
     "inference compiled": (_FORMULA,),
@@ -125,12 +125,12 @@ def _network(name: str, layout: Layout) -> nn.Module:
         network = contenders.with_matrix_products(network)
     if name.endswith(_FOLDED):
         network = contenders.with_folded_norms(network)
-    return network.to(memory_format=_FORMATS[layout])
+    return network.to(memory_format=FORMATS[layout])
 
 
 def _images(batch: int, size: int, layout: Layout) -> Tensor:
     """(batch, 3, size, size)."""
-    return torch.randn(batch, 3, size, size).to(memory_format=_FORMATS[layout])
+    return torch.randn(batch, 3, size, size).to(memory_format=FORMATS[layout])
 
 
 def _rows(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from involution.analysis import contenders
 
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}  # by layout
 PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}  # by direction; each has the forward pass's multiply-adds
 SHAPES = ((8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7))  # where RedNet-50 uses its involutions, in batches of 8
 
@@ -64,12 +65,11 @@ class Problem:
 
     def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """x (B, C, H, W) and kernel (B, G, K, K, H, W), both leaves, and the gradient of the output (B, C, H, W)."""
-        memory = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         groups, size = self.channels // self.group_channels, self.kernel_size
         x, kernel, grad = (
             torch.randn(self.batch, channels, self.side, self.side, device=device)
             .to(getattr(torch, self.dtype))
-            .contiguous(memory_format=memory)
+            .contiguous(memory_format=FORMATS[self.layout])
             for channels in (self.channels, groups * size**2, self.channels)
         )
         return x.requires_grad_(), kernel.unflatten(1, (groups, size, size)).requires_grad_(), grad
