@@ -174,9 +174,10 @@ struct ByChannel : Alone {
     }
     if (!FORWARD && !y_in_place)
       pack_columns<Real, WIDTH>(s.y, y_chunk, WIDTH, y, p.y_stride[1], p.y_stride[4], {0, count}, count, p.channels);
+    const Index inside = p.padding[2] - outputs.columns.from * p.stride[2];  // from where the first output reads
     for (Index chunk = 0; chunk < chunks; ++chunk)
-      row(y_in_place ? static_cast<void*>(y + chunk * y_chunk) : s.y + chunk * y_chunk, x + chunk * x_chunk, taps, count, lines, at,
-          coming + chunk * count * at.fetched);
+      row(y_in_place ? static_cast<void*>(y + chunk * y_chunk) : s.y + chunk * y_chunk, x + chunk * x_chunk, taps, count, lines,
+          {inside, inside + p.input[2]}, at, coming + chunk * count * at.fetched);
     if constexpr (std::is_same_v<Real, Element>)
       if (FORWARD && p.after) finish_row(y_in_place ? y : s.y, outputs.group, count);
     if (FORWARD && !y_in_place)

@@ -8,9 +8,11 @@ namespace {
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels; or all lanes of one of GROUPS groups that share a vector. K, S = 0: known at run time only.
-template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
+// Of the columns of x that the tile covers, BEFORE at one end and BEHIND at the other are outside the image, and left out.
+template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap, class Value,
+          class Fetch>
 inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
-  constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
+  constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES, POSITIONS = (COLUMNS - 1) * S + K;
   static_assert(VECTORS <= 2 && (GROUPS == 1 || WIDTH == GROUPS * SHARED));
   constexpr Nan NAN_IS = sizeof(Tap) == 2 ? Nan::OF_HALVES : Nan::ANY;
   using V = typename Vector<Real, LANES>::type;
@@ -23,15 +25,16 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
     if constexpr (K > 0) {
       LineTaps<Real, LANES, GROUPS, Tap, K, TAPS_INNERMOST, COLUMNS> line_taps(tile_taps, offset);
 #pragma GCC unroll 32
-      for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
+      for (int position = 0; position < POSITIONS; ++position) {
+        const bool inside = BEFORE <= position && position < POSITIONS - BEHIND;
         V values[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) values[v] = load<V>(line + position * WIDTH + v * LANES);
+        for (int v = 0; inside && v < VECTORS; ++v) values[v] = load<V>(line + position * WIDTH + v * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
           const V tap = line_taps(column, t);
-          for (int v = 0; v < VECTORS; ++v) sums[column][v] += tap * values[v];
+          for (int v = 0; inside && v < VECTORS; ++v) sums[column][v] += tap * values[v];
         }
       }
     } else {
@@ -52,9 +55,10 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, class Real, class Tap, class Value, class Fetch>
+template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap, class Value,
+          class Fetch>
 inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
-  constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES;
+  constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES, POSITIONS = (COLUMNS - 1) * S + K;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
 #pragma GCC unroll 8
@@ -68,17 +72,18 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
     if constexpr (K > 0) {
       LineTaps<Real, LANES, GROUPS, Tap, K, TAPS_INNERMOST, COLUMNS> line_taps(tile_taps, offset);
 #pragma GCC unroll 32
-      for (int position = 0; position < (COLUMNS - 1) * S + K; ++position) {
+      for (int position = 0; position < POSITIONS; ++position) {
+        const bool inside = BEFORE <= position && position < POSITIONS - BEHIND;
         V sums[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) sums[v] = load<V>(line + position * WIDTH + v * LANES);
+        for (int v = 0; inside && v < VECTORS; ++v) sums[v] = load<V>(line + position * WIDTH + v * LANES);
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
           if (t < 0 || t >= K) continue;
           const V tap = line_taps(column, t);
-          for (int v = 0; v < VECTORS; ++v) sums[v] += tap * grads[column][v];
+          for (int v = 0; inside && v < VECTORS; ++v) sums[v] += tap * grads[column][v];
         }
-        for (int v = 0; v < VECTORS; ++v) store<V>(line + position * WIDTH + v * LANES, sums[v]);
+        for (int v = 0; inside && v < VECTORS; ++v) store<V>(line + position * WIDTH + v * LANES, sums[v]);
       }
     } else {
       for (Index t = 0; t < at.taps; ++t)
@@ -94,13 +99,17 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
   }
 }
 
-// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. Taps to come are fetched
-// meanwhile, but for those in the scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core
-// waits for some twenty lines of the cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt
-// out to the lines of its window, unless it is little; always the same numbers, so that the loops are foreseen.
+// A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. What of x is in the image is
+// `inside`, counted from the first column that the first output reads; tiles that read half a window outside are compiled apart,
+// as that is a quarter of the work on a map of 7 columns with K = 7. Taps to come are fetched meanwhile, but for those in the
+// scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core waits for some twenty lines of the
+// cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt out to the lines of its window, unless
+// it is little; always the same numbers, so that the loops are foreseen.
 template <bool FORWARD, class Real, class Value, class Tap, int WIDTH, int GROUPS, int K, int S, Taps TAPS>
-void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines lines, const Layout& at, const char* coming) {
+void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines lines, Range inside, const Layout& at,
+                  const char* coming) {
   constexpr Index AT_ONCE = 8;
+  constexpr int WIDEST = 7;
   constexpr bool INNERMOST = TAPS == Taps::IN_RUNS;
   auto* y = static_cast<std::conditional_t<FORWARD, Value, const Value>*>(outputs);
   Index column = 0;
@@ -128,18 +137,30 @@ void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines
       for (int i = 0; i < width; ++i, ahead += at.y_column) __builtin_prefetch(ahead, FORWARD);
       Real* positions = x + column * at.stride * WIDTH;
       const Tap* first = static_cast<const Tap*>(taps) + column * at.tap_output;
-      if constexpr (FORWARD) gather_tile<width, WIDTH, GROUPS, K, S, INNERMOST>(values, positions, first, lines, at, fetch);
-      else scatter_tile<width, WIDTH, GROUPS, K, S, INNERMOST>(values, positions, first, lines, at, fetch);
+      const auto tile = [&](auto before, auto behind) {
+        if constexpr (FORWARD)
+          gather_tile<width, WIDTH, GROUPS, K, S, INNERMOST, before, behind>(values, positions, first, lines, at, fetch);
+        else scatter_tile<width, WIDTH, GROUPS, K, S, INNERMOST, before, behind>(values, positions, first, lines, at, fetch);
+      };
+      constexpr std::integral_constant<int, 0> none;
+      if constexpr (width == WIDEST && S == 1) {
+        constexpr std::integral_constant<int, K / 2> half;
+        const bool before = inside.from - column == half, behind = column + width - 1 + K - inside.to == half;
+        if (before && behind) tile(half, half);
+        else if (before) tile(half, none);
+        else if (behind) tile(none, half);
+        else tile(none, none);
+      } else tile(none, none);
       if constexpr (TAPS == Taps::IN_RUNS) next = coming += at.fetched * width;
     }
   };
-  run(std::integral_constant<int, 7>{});
+  run(std::integral_constant<int, WIDEST>{});
   run(std::integral_constant<int, 3>{});
   run(std::integral_constant<int, 1>{});
 }
 
 template <class Real>
-using Row = void (*)(void*, Real*, const void*, Index, Lines, const Layout&, const char*);
+using Row = void (*)(void*, Real*, const void*, Index, Lines, Range, const Layout&, const char*);
 
 // The variant for this window: unrolled for float32, the usual kernel sizes and strides; else the general one. Groups that share
 // vectors read longer lines of taps only in runs (`share_vectors`).
