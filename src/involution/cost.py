@@ -21,6 +21,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 _SETTLING = 0.01  # seconds
 _FEWEST = 5  # rounds
+_LARGEST = 31 << 20  # bytes: no larger block ever stays with a process whose allocator is glibc's
 
 
 def parameters(network: nn.Module) -> int:
@@ -107,6 +108,9 @@ def interleaved(
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1; got {rounds}.")
     times: dict[Name, list[float]] = {name: [] for name in runs}
+    # glibc gives each large block back to the system, and asks for it anew with a page fault for every 4 KiB, until it
+    # has seen one as large freed. Networks have come that far after a few layers, but not an operator timed alone.
+    torch.empty(_LARGEST, dtype=torch.uint8)
     begin = perf_counter()
     for index in range(warm_up + rounds):
         if index == warm_up:
