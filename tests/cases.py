@@ -79,7 +79,7 @@ CASES = (
     case((5, 9), 3, padding=1, groups=1, group_channels=12),
     case((5, 9), 3, padding=1, groups=12, group_channels=1),
     # Groups of four channels, of which two or four share a vector where their number allows it.
-    *(case((5, 21), k, padding=k // 2, groups=4) for k in (3, 5, 7, 9)),
+    *(case((5, 14), k, padding=k // 2, groups=4) for k in (3, 5, 7, 9)),
     case((5, 9), 7, padding=3, groups=6),
     case((13, 9), 7, stride=2, padding=3, groups=8),
     case((9, 13), 5, padding=4, dilation=2, groups=4),
@@ -107,9 +107,9 @@ CASES = (
     case((7, 6), 2),
     case((7, 6), (1, 5), padding=(0, 2)),
     case((6, 7), (5, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
-    # Rows in tiles of seven outputs, of which those at an end, or the second, read half a window outside.
+    # Rows in tiles of seven outputs, of which those at the ends read half a window outside.
+    case((5, 14), 7, padding=3, group_channels=16),
     case((5, 21), 7, padding=3, group_channels=16),
-    case((3, 9), 7, padding=(3, 10), group_channels=16),
     # Rows wider than one vector of outputs, or many.
     case((2, 70), 3, padding=1, group_channels=16),
     case((2, 131), 3, padding=1),

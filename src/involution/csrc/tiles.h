@@ -100,8 +100,8 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
 }
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. What of x is in the image is
-// `inside`, counted from the first column that the first output reads; tiles that read half a window outside are compiled apart,
-// as that is a quarter of the work on a map of 7 columns with K = 7. Taps to come are fetched meanwhile, but for those in the
+// `inside`, counted from the first column that the first output reads; tiles that read half a window outside are compiled apart
+// for narrow maps, as that is a quarter of the work on 7 columns with K = 7. Taps to come are fetched meanwhile, but for those in the
 // scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core waits for some twenty lines of the
 // cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt out to the lines of its window, unless
 // it is little; always the same numbers, so that the loops are foreseen.
@@ -145,7 +145,8 @@ void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines
       constexpr std::integral_constant<int, 0> none;
       if constexpr (width == WIDEST && S == 1) {
         constexpr std::integral_constant<int, K / 2> half;
-        const bool before = inside.from - column == half, behind = column + width - 1 + K - inside.to == half;
+        const bool narrow = columns <= 2 * WIDEST;  // of more tiles, too few are at an end for it to be felt
+        const bool before = narrow && inside.from - column == half, behind = narrow && column + width - 1 + K - inside.to == half;
         if (before && behind) tile(half, half);
         else if (before) tile(half, none);
         else if (behind) tile(none, half);
