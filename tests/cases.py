@@ -107,9 +107,10 @@ CASES = (
     case((7, 6), 2),
     case((7, 6), (1, 5), padding=(0, 2)),
     case((6, 7), (5, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
-    # Rows in tiles of seven outputs, of which those at the ends read half a window outside.
+    # Rows in tiles of seven outputs, of which those at the ends read half a window outside, or less.
     case((5, 14), 7, padding=3, group_channels=16),
     case((5, 21), 7, padding=3, group_channels=16),
+    case((5, 9), 7, padding=(3, 2), group_channels=16),
     # Rows wider than one vector of outputs, or many.
     case((2, 70), 3, padding=1, group_channels=16),
     case((2, 131), 3, padding=1),

@@ -9,8 +9,8 @@ namespace {
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels; or all lanes of one of GROUPS groups that share a vector. K, S = 0: known at run time only.
 // Of the columns of x that the tile covers, BEFORE at one end and BEHIND at the other are outside the image, and left out.
-template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap, class Value,
-          class Fetch>
+template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap,
+          class Value, class Fetch>
 inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES, POSITIONS = (COLUMNS - 1) * S + K;
   static_assert(VECTORS <= 2 && (GROUPS == 1 || WIDTH == GROUPS * SHARED));
@@ -55,8 +55,8 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
 }
 
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
-template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap, class Value,
-          class Fetch>
+template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap,
+          class Value, class Fetch>
 inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES, POSITIONS = (COLUMNS - 1) * S + K;
   using V = typename Vector<Real, LANES>::type;
@@ -101,10 +101,10 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
 
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. What of x is in the image is
 // `inside`, counted from the first column that the first output reads; tiles that read half a window outside are compiled apart
-// for narrow maps, as that is a quarter of the work on 7 columns with K = 7. Taps to come are fetched meanwhile, but for those in the
-// scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core waits for some twenty lines of the
-// cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt out to the lines of its window, unless
-// it is little; always the same numbers, so that the loops are foreseen.
+// for narrow maps, as that is a quarter of the work on 7 columns with K = 7. Taps to come are fetched meanwhile, but for those in
+// the scratch: `coming` is a run of them, or (in planes) those of the first line and column. A core waits for some twenty lines of
+// the cache at once, and drops what it is asked for beyond that: so what a tile fetches is dealt out to the lines of its window,
+// unless it is little; always the same numbers, so that the loops are foreseen.
 template <bool FORWARD, class Real, class Value, class Tap, int WIDTH, int GROUPS, int K, int S, Taps TAPS>
 void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines lines, Range inside, const Layout& at,
                   const char* coming) {
