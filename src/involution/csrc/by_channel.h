@@ -46,7 +46,7 @@ struct ByChannel : Alone {
         x_chunk(times(times(x_columns, x_rows, x_depths) | 1, WIDTH)),
         x_groups(groups),
         y_in_place(p.y_stride[1] == 1 && p.channels % WIDTH == 0 && (generates_taps || !taps_alone<Element>(p))),
-        copies_taps(!generates_taps && !taps_in_place<Real, Element>(p, y_in_place)),
+        copies_taps(!generates_taps && !taps_in_place<Real, Element, WIDTH>(p, y_in_place)),
         y_chunk(y_in_place ? WIDTH : y_columns * WIDTH),
         pixels(times(ceil_div(times(y_rows, y_columns), WIDEST) | 1, WIDEST)),
         at(layout()),
@@ -56,8 +56,8 @@ struct ByChannel : Alone {
     const bool runs = !generates_taps && taps_innermost(p), scratch = generates_taps || copies_taps;
     const Taps taps = runs ? Taps::IN_RUNS : scratch ? Taps::IN_SCRATCH : Taps::IN_PLANES;
     if constexpr (sizeof(Real) == 4 && WIDTH == WIDEST && WIDTH > SHARED)
-      if (sharing > 1) return choose_row<FORWARD, Real, Element, WIDTH, WIDTH / SHARED>(at, taps, y_in_place);
-    return choose_row<FORWARD, Real, Element, WIDTH, 1>(at, taps, y_in_place);
+      if (sharing > 1) return choose_row<FORWARD, Real, Element, WIDTH, WIDTH / SHARED>(at, taps, y_in_place, copies_taps);
+    return choose_row<FORWARD, Real, Element, WIDTH, 1>(at, taps, y_in_place, copies_taps);
   }
 
   Index slot(Index row) const { return row % x_rows * x_row; }  // where the rows of a task are in the ring

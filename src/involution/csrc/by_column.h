@@ -9,10 +9,10 @@ namespace {
 
 // The gradients of TAPS taps of a line at ROWS rows of outputs and LANES columns: sums over the channels of a group. An input is
 // read once for all rows, of which each sees it as a tap of the line before: `taps_next` is from a row's taps to the next row's.
-// UNIT: taps lie next to each other, else at `offsets`.
+// UNIT: taps lie next to each other, else at `offsets`. Of the columns, the first `stored` are.
 template <class Real, int LANES, int ROWS, int TAPS, bool UNIT>
 inline void tile_of_taps(Real* taps, Index tap_step, Index taps_next, const Real* y, Index y_channel, Index y_row, const Real* x,
-                         Index x_channel, const Index* offsets, Index channels) {
+                         Index x_channel, const Index* offsets, Index channels, Index stored) {
   using V = typename Vector<Real, LANES>::type;
   V sums[ROWS][TAPS] = {};
 #pragma GCC unroll 4
@@ -30,7 +30,11 @@ inline void tile_of_taps(Real* taps, Index tap_step, Index taps_next, const Real
 #pragma GCC unroll 4
   for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 8
-    for (int t = 0; t < TAPS; ++t) store<V>(taps + row * taps_next + t * tap_step, sums[row][t]);
+    for (int t = 0; t < TAPS; ++t) {
+      Real* to = taps + row * taps_next + t * tap_step;
+      if (stored >= LANES) store<V>(to, sums[row][t]);
+      else store_first<LANES>(to, sums[row][t], stored);
+    }
 }
 
 // Packed rows of x lie [channel][phase][column / stride], phase = column mod stride, so that the inputs of neighbouring outputs
@@ -146,8 +150,8 @@ struct ByColumn {
     return most(done, end);
   }
 
-  // The gradients of all taps of a group at `outs`, at most `together` rows of outputs, packed from the row `packed` on. A row that
-  // is shorter than LANES is written as LANES, and what is too much overwritten by the next row.
+  // The gradients of all taps of a group at `outs`, at most `together` rows of outputs, packed from the row `packed` on. In the cache,
+  // a row that is shorter than LANES is written as LANES, and what is too much overwritten by the next row.
   void taps_of_rows(const Task& task, const Packed& s, Index packed, Index group, Range outs, Real* to, Index tap_step,
                     Index row_step) const {
     const Range depths = depths_inside(task);
@@ -182,17 +186,18 @@ struct ByColumn {
       for (Index column = 0; column < columns; column += LANES) {
         const Index begin = most(0, least(column, columns - LANES));
         part_of_line<ROWS, most_at_once(ROWS), UNIT>(least(size, all - first), taps + begin, tap_step, taps_next, y + begin, x + begin,
-                                                     offsets);
+                                                     offsets, writes_memory ? columns : LANES);
       }
   }
   template <int ROWS, int TAPS, bool UNIT>
-  void part_of_line(Index size, Real* taps, Index tap_step, Index taps_next, const Real* y, const Real* x, const Index* offsets) const {
+  void part_of_line(Index size, Real* taps, Index tap_step, Index taps_next, const Real* y, const Real* x, const Index* offsets,
+                    Index stored) const {
     if constexpr (TAPS > 1)
-      if (size < TAPS) return part_of_line<ROWS, TAPS - 1, UNIT>(size, taps, tap_step, taps_next, y, x, offsets);
+      if (size < TAPS) return part_of_line<ROWS, TAPS - 1, UNIT>(size, taps, tap_step, taps_next, y, x, offsets, stored);
     if (writes_memory)  // what the next line will write
       for (int row = 0; row < ROWS; ++row)
         for (int t = 0; t < TAPS; ++t) __builtin_prefetch(taps + row * taps_next + (p.kernel[2] + t) * tap_step, 1);
-    tile_of_taps<Real, LANES, ROWS, TAPS, UNIT>(taps, tap_step, taps_next, y, y_channel, y_row, x, x_channel, offsets, p.channels);
+    tile_of_taps<Real, LANES, ROWS, TAPS, UNIT>(taps, tap_step, taps_next, y, y_channel, y_row, x, x_channel, offsets, p.channels, stored);
   }
 
   // Zeros to the gradients of the taps of lines outside the image.

@@ -6,10 +6,10 @@
 
 namespace {
 
-// Whether the loops can write the gradients where they belong: whole vectors of them, and taps with one step between them.
+// Whether the loops can write the gradients where they belong: at least half a vector of them, and taps with one step between them.
 inline bool taps_in_planes(const Problem& p) {
   const Index* step = p.kernel_stride + 2;
-  return (p.dtype == FLOAT32 || p.dtype == FLOAT64) && step[5] == 1 && p.output[2] >= 8 &&
+  return (p.dtype == FLOAT32 || p.dtype == FLOAT64) && step[5] == 1 && p.output[2] >= 4 &&
          (p.kernel[1] == 1 || step[1] == p.kernel[2] * step[2]) &&
          (p.kernel[0] == 1 || step[0] == p.kernel[1] * p.kernel[2] * step[2]);
 }

@@ -27,10 +27,12 @@ bool taps_alone(const Problem& p) {
 }
 
 // Whether the loops run on the taps where they lie: those of the type computed in, and bfloat16 taps that lie next to each other
-// if outputs are read or written where they lie, too.
-template <class Real, class Element>
+// if outputs are read or written where they lie, too. Registers of AVX-512 are shifted where they are multiplied, so that a tap which
+// serves one of them only is copied.
+template <class Real, class Element, int WIDTH>
 bool taps_in_place(const Problem& p, bool y_in_place) {
-  if (std::is_same_v<Element, BFloat16>) return y_in_place && p.kernel_stride[4] == 1;
+  if (std::is_same_v<Element, BFloat16>)
+    return y_in_place && p.kernel_stride[4] == 1 && (WIDTH * sizeof(Real) != 64 || VECTOR_BYTES < 64 || p.sharing > 1);
   return std::is_same_v<Real, Element> && (taps_innermost(p) || p.kernel_stride[7] == 1);
 }
 

@@ -11,7 +11,7 @@ namespace {
 // Of the columns of x that the tile covers, BEFORE at one end and BEHIND at the other are outside the image, and left out.
 template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap,
           class Value, class Fetch>
-inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
+[[gnu::noinline]] void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, Fetch fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES, POSITIONS = (COLUMNS - 1) * S + K;
   static_assert(VECTORS <= 2 && (GROUPS == 1 || WIDTH == GROUPS * SHARED));
   constexpr Nan NAN_IS = sizeof(Tap) == 2 ? Nan::OF_HALVES : Nan::ANY;
@@ -28,7 +28,7 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
       for (int position = 0; position < POSITIONS; ++position) {
         const bool inside = BEFORE <= position && position < POSITIONS - BEHIND;
         V values[VECTORS];
-        for (int v = 0; inside && v < VECTORS; ++v) values[v] = load<V>(line + position * WIDTH + v * LANES);
+        for (int v = 0; inside && v < VECTORS; ++v) values[v] = in_register(load<V>(line + position * WIDTH + v * LANES));
 #pragma GCC unroll 8
         for (int column = 0; column < COLUMNS; ++column) {
           const int t = position - column * S;
@@ -57,7 +57,7 @@ inline void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, c
 // The transpose: COLUMNS output gradients add their share to the positions each line of the window read.
 template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap,
           class Value, class Fetch>
-inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, const Layout& at, const Fetch& fetch) {
+[[gnu::noinline]] void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, const Layout& at, Fetch fetch) {
   constexpr int LANES = lanes_of<Real>(WIDTH), VECTORS = WIDTH / LANES, POSITIONS = (COLUMNS - 1) * S + K;
   using V = typename Vector<Real, LANES>::type;
   V grads[COLUMNS][VECTORS];
@@ -99,6 +99,27 @@ inline void scatter_tile(const Value* y, Real* x, const Tap* taps, Lines lines, 
   }
 }
 
+// What a tile fetches of the taps to come, line by line of its window: `of_line` lines of the cache of a run of them, or (in planes)
+// those of the same line and columns of the window. Tiles get a copy, which stays in registers.
+template <class Tap, int GROUPS, int K, Taps TAPS>
+struct Coming {
+  const char* next;
+  const Index of_line, column;
+  const Layout& at;
+  void run(Index count) {
+    for (Index i = 0; i < count; ++i, next += CACHE_LINE) __builtin_prefetch(next, 0, 2);
+  }
+  void operator()([[maybe_unused]] Index line) {
+    if constexpr (TAPS == Taps::IN_RUNS) run(of_line);
+    if constexpr (TAPS == Taps::IN_PLANES) {
+      const Tap* first = reinterpret_cast<const Tap*>(next) + line + column;
+#pragma GCC unroll 16
+      for (Index t = 0; t < (K ? K : at.taps); ++t)
+        for (int group = 0; group < GROUPS; ++group) __builtin_prefetch(first + t * at.tap_column + group * at.next_group, 0, 2);
+    }
+  }
+};
+
 // A row of outputs, in tiles of 7 columns, which leave no rest on any map of a 224-pixel network. What of x is in the image is
 // `inside`, counted from the first column that the first output reads; tiles that read half a window outside are compiled apart
 // for narrow maps, as that is a quarter of the work on 7 columns with K = 7. Taps to come are fetched meanwhile, but for those in
@@ -117,21 +138,9 @@ void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines
     if (column + width > columns) return;
     const Index all = ceil_div(at.fetched * width, CACHE_LINE), of_line = all > AT_ONCE ? all / most(1, lines.size()) : 0;
     const Index of_tile = all - of_line * lines.size();
-    const char* next = coming;
-    const auto fetch_run = [&](Index count) {
-      for (Index i = 0; i < count; ++i, next += CACHE_LINE) __builtin_prefetch(next, 0, 2);
-    };
-    const auto fetch = [&]([[maybe_unused]] Index line) {
-      if constexpr (TAPS == Taps::IN_RUNS) fetch_run(of_line);
-      if constexpr (TAPS == Taps::IN_PLANES) {
-        const Tap* first = reinterpret_cast<const Tap*>(coming) + line + column;
-#pragma GCC unroll 16
-        for (Index t = 0; t < (K ? K : at.taps); ++t)
-          for (int group = 0; group < GROUPS; ++group) __builtin_prefetch(first + t * at.tap_column + group * at.next_group, 0, 2);
-      }
-    };
     for (; column + width <= columns; column += width) {
-      if constexpr (TAPS == Taps::IN_RUNS) fetch_run(of_tile);
+      Coming<Tap, GROUPS, K, TAPS> fetch = {coming, of_line, column, at};
+      if constexpr (TAPS == Taps::IN_RUNS) fetch.run(of_tile);
       auto* values = y + column * at.y_column;
       const auto* ahead = values + width * at.y_column;
       for (int i = 0; i < width; ++i, ahead += at.y_column) __builtin_prefetch(ahead, FORWARD);
@@ -152,7 +161,7 @@ void row_of_tiles(void* outputs, Real* x, const void* taps, Index columns, Lines
         else if (behind) tile(none, half);
         else tile(none, none);
       } else tile(none, none);
-      if constexpr (TAPS == Taps::IN_RUNS) next = coming += at.fetched * width;
+      if constexpr (TAPS == Taps::IN_RUNS) coming += at.fetched * width;
     }
   };
   run(std::integral_constant<int, WIDEST>{});
@@ -184,7 +193,7 @@ Row<Real> choose_window(const Layout& at) {
 // Elements of another type than that computed in are read and written where they lie, if they can, and else copied to the scratch:
 // outputs, and taps, which are copied unless `taps_in_place`.
 template <bool FORWARD, class Real, class Element, int WIDTH, int GROUPS>
-Row<Real> choose_row(const Layout& at, Taps taps, bool y_in_place) {
+Row<Real> choose_row(const Layout& at, Taps taps, bool y_in_place, bool copies_taps) {
   const auto choose = [&](auto value, auto tap) -> Row<Real> {
     using Value = decltype(value);
     if (taps == Taps::IN_RUNS) return choose_window<FORWARD, Real, Value, decltype(tap), WIDTH, GROUPS, Taps::IN_RUNS>(at);
@@ -193,8 +202,9 @@ Row<Real> choose_row(const Layout& at, Taps taps, bool y_in_place) {
     return choose_window<FORWARD, Real, Value, Real, WIDTH, GROUPS, Taps::IN_SCRATCH>(at);
   };
   if (!y_in_place) return choose(Real{}, Real{});
-  if constexpr (std::is_same_v<Element, BFloat16>) return choose(Element{}, Element{});
-  else return choose(Element{}, Real{});
+  if constexpr (std::is_same_v<Element, BFloat16>)
+    if (!copies_taps) return choose(Element{}, Element{});
+  return choose(Element{}, Real{});
 }
 
 }  // namespace

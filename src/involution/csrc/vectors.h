@@ -48,6 +48,16 @@ inline void store(Real* to, V value) {
 #endif
 }
 
+// A loaded value that is to stay in a register. g++ would read it anew as an operand of each multiply-add where these are few, and the
+// taps that the others could be are read by instructions of their own then. Other processors have no such operands, or no free register.
+template <class V>
+inline V in_register(V value) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (sizeof(V) >= 16) asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // Any lanes of `a` and, numbered on from these, of `b`.
 template <int... I, class V>
 inline V shuffle(V a, V b) {
@@ -89,6 +99,17 @@ inline void store_some(Real* to, V v, std::integer_sequence<int, I...>) {
 #endif
 }
 
+// Stores the first `count` lanes, at least half of them: one half, and another that may overlap it.
+template <int LANES, class Real, class V>
+inline void store_first(Real* to, V v, Index count) {
+  using Half = typename Vector<Real, LANES / 2>::type;
+  Real lanes[LANES];
+  store<V>(lanes, v);
+  const Half first = load<Half>(lanes), last = load<Half>(lanes + count - LANES / 2);
+  store<Half>(to, first);
+  store<Half>(to + count - LANES / 2, last);
+}
+
 template <class V>
 using LaneOf = std::decay_t<decltype(std::declval<V>()[0])>;
 template <class V>
@@ -105,6 +126,8 @@ inline V widened(Halves<LANES_OF<V>> halves) {
   constexpr int LANES = LANES_OF<V>;
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 16) return V(_mm512_cvtph_ps(__m256i(halves)));
+  if constexpr (std::is_same_v<Element, BFloat16> && LANES == 16)
+    return V(_mm512_slli_epi32(_mm512_cvtepu16_epi32(__m256i(halves)), 16));
 #endif
 #if defined(__F16C__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 8) return V(_mm256_cvtph_ps(__m128i(halves)));
@@ -152,6 +175,15 @@ inline Halves<LANES_OF<V>> narrowed(V floats) {
   using Result = Halves<LANES>;
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 16) return Result(_mm512_cvtps_ph(__m512(floats), 0));
+  if constexpr (std::is_same_v<Element, BFloat16> && LANES == 16) {
+    const __m512i bits = _mm512_castps_si512(__m512(floats)), odd = _mm512_srli_epi32(_mm512_slli_epi32(bits, 15), 31);
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    if constexpr (NAN_IS == Nan::ANY) {
+      const __mmask16 nan = _mm512_cmp_ps_mask(__m512(floats), __m512(floats), _CMP_UNORD_Q);
+      rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+    }
+    return Result(_mm512_cvtepi32_epi16(rounded));
+  }
 #endif
 #if defined(__F16C__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 8) return Result(_mm256_cvtps_ph(__m256(floats), 0));
@@ -250,6 +282,8 @@ inline void copy_run(To* to, const From* from, Index count) {
   } else {
     Index i = 0;
     for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
+    if (i > 0 && i + 4 <= count) copy_lanes<16>(to + count - 16, from + count - 16), i = count;  // some anew
+    for (; i + 4 <= count; i += 4) copy_lanes<4>(to + i, from + i);
     for (; i < count; ++i) copy_lanes<1>(to + i, from + i);
   }
 }
