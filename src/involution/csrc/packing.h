@@ -89,7 +89,9 @@ void transpose(To* to, Index to_step, const From* from, Index from_step, Index i
   constexpr int LANES = VECTOR_BYTES / int(sizeof(widen(*from)));
   const Index smaller = least(i_size, j_size);
   if constexpr (LANES >= 16) {
-    if (smaller >= 16) return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
+    // None overlaps another, as 16 rows are too many to write a part of twice.
+    if (smaller >= 16 && i_size % 16 == 0 && j_size % 16 == 0)
+      return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
   }
   if constexpr (LANES >= 8) {
     if (smaller >= 8) return transpose_blocks<8>(to, to_step, from, from_step, i_size, j_size);
