@@ -89,7 +89,7 @@ void transpose(To* to, Index to_step, const From* from, Index from_step, Index i
   constexpr int LANES = VECTOR_BYTES / int(sizeof(widen(*from)));
   const Index smaller = least(i_size, j_size);
   if constexpr (LANES >= 16) {
-    // None overlaps another, as 16 rows are too many to write a part of twice.
+    // Where no block overlaps another. Rows of `to` are pages apart as a rule, of which a core knows few to write to: rather eight.
     if (smaller >= 16 && i_size % 16 == 0 && j_size % 16 == 0)
       return transpose_blocks<16>(to, to_step, from, from_step, i_size, j_size);
   }

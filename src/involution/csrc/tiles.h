@@ -8,7 +8,8 @@ namespace {
 
 // COLUMNS outputs of a row, of WIDTH channels: the sums over all lines of the window stay in registers, and a tap that is read
 // once serves all vectors of the channels; or all lanes of one of GROUPS groups that share a vector. K, S = 0: known at run time only.
-// Of the columns of x that the tile covers, BEFORE at one end and BEHIND at the other are outside the image, and left out.
+// Of the columns of x that the tile covers, BEFORE at one end and BEHIND at the other are outside the image, and left out. It is not
+// inlined, as g++ then keeps in registers what the loop needs.
 template <int COLUMNS, int WIDTH, int GROUPS, int K, int S, bool TAPS_INNERMOST, int BEFORE, int BEHIND, class Real, class Tap,
           class Value, class Fetch>
 [[gnu::noinline]] void gather_tile(Value* y, const Real* x, const Tap* taps, Lines lines, const Layout& at, Fetch fetch) {
