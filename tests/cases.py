@@ -86,6 +86,11 @@ CASES = (
     # No batch, one image.
     case((5, 9), 3, padding=1, batch=0),
     case((5, 9), 3, padding=1, batch=1),
+    # Two or four images that share vectors, and rows cut into parts as there are none; fewer outputs than parts.
+    *(case((5, 9), 7, padding=3, batch=b, group_channels=16) for b in (1, 3, 4)),
+    case((4, 13), 3, stride=2, padding=1, batch=8, groups=1, group_channels=6),
+    case((3, 35), 5, padding=2, batch=3, groups=1, group_channels=8),
+    case((5, 2), 3, padding=1, batch=3, group_channels=16),
     # Tiny inputs, kernels larger than the input, windows that see nothing but zeros, an axis without entries.
     case((1, 1), 1),
     case((1, 1), 7, padding=3),

@@ -1,6 +1,6 @@
-// The loop of grad_kernel on packed rows. The gradient of a tap is a sum over channels: lanes are four channels at a few outputs
-// of a row, so that all but the last of the sum is vertical, and the four lanes that are left become the gradients of four taps
-// next to one another, as they lie in channels-last memory.
+// The loop of grad_kernel on packed rows. The gradient of a tap is a sum over channels: lanes are four channels at a few outputs, so
+// that all but the last of the sum is vertical, and the four lanes that are left become the gradients of four taps next to one
+// another, as they lie in channels-last memory.
 
 #pragma once
 
@@ -23,7 +23,7 @@ inline V sums_of_lanes(const V* s) {
 }
 
 // The gradients of COUNT taps of neighbouring positions, `step` from each other: of SUMMED of them, then of the others. CHUNKS: how
-// many vectors the channels of a group fill, 0: known at run time only; `grads`: the output's own gradients.
+// many vectors the channels of a group fill, 0: known at run time only; `grads`: the outputs' own gradients.
 template <class Real, int LANES, int COUNT, int CHUNKS, class V>
 inline void dots(V* results, const V* grads, const Real* x, Index step, Index chunks) {
   constexpr int ALL = SUMMED<LANES>;
@@ -90,32 +90,35 @@ inline void line_of_dots(Stored<Element>* const* taps, Index offset, Index end, 
 // Where the loop finds things, the same for all rows of all tasks. Steps are in elements; all taps of an output lie in one run.
 struct Dots {
   Index taps, stride, dilation;  // of a line of the window, in columns
-  Index y_column, tap_output;    // from output to output
+  Index y_image, y_column;       // from image to image, from output to output
+  Index tap_image, tap_output;
   Index chunks;                  // vectors of channels of a group
   Index fetched;                 // bytes of taps to come that are prefetched with each output
 };
 
-// The gradients of all taps of a row of outputs; zeros to those of lines that lie outside the image. Packed rows of x lie
-// [column of a part][chunk][part][channel], outputs [column][channel]; `room` is for those of a vector of outputs. Outputs and taps are
-// elements of any type. K = 0: known at run time only.
+// The gradients of all taps of a row of outputs of each image; zeros to those of lines that lie outside the image. Packed rows of x lie
+// [column of a part][chunk][part][channel], outputs [column][channel]. Outputs and taps are elements of any type; taps at `coming` are
+// fetched. K = 0: known at run time only.
 template <class Real, class Element, int LANES, int K, int CHUNKS>
-void row_of_dots(const void* y, const Real* x, void* taps, Index outputs, Lines lines, const Dots& at, Real* room, const char* coming) {
+void row_of_dots(const void* y, const Real* x, void* taps, const Parts<LANES>& parts, Lines lines, const Dots& at, Real* room,
+                 const char* coming) {
   constexpr int PARTS = Parts<LANES>::COUNT;
   using V = typename Vector<Real, LANES>::type;
   using Bits = Stored<Element>;
-  const Parts<LANES> parts(outputs);
   const Index chunks = CHUNKS ? CHUNKS : at.chunks, column = chunks * LANES, step = (K ? 1 : at.dilation) * column;
   const Index count = K ? K : at.taps, end = lines.size() * count;
-  const Index fetched = ceil_div(PARTS * at.fetched, CACHE_LINE);  // the same number with each output, so that the loop is foreseen
   Bits* of_part[PARTS];
   const Bits* y_of_part[PARTS];
+  const char* coming_of_part[PARTS];
   for (int part = 0; part < PARTS; ++part) {
-    of_part[part] = static_cast<Bits*>(taps) + parts.first[part] * at.tap_output;
-    y_of_part[part] = static_cast<const Bits*>(y) + parts.first[part] * at.y_column;
+    const Index image = parts.image[part], first = parts.first[part];
+    of_part[part] = static_cast<Bits*>(taps) + image * at.tap_image + first * at.tap_output;
+    y_of_part[part] = static_cast<const Bits*>(y) + image * at.y_image + first * at.y_column;
+    coming_of_part[part] = coming + image * at.tap_image * Index(sizeof(Bits)) + first * at.fetched;
   }
   for (Index output = 0; output < parts.size; ++output, x += at.stride * column) {
-    for (Index i = 0; i < fetched; ++i) __builtin_prefetch(coming + i * CACHE_LINE, 0, 2);
-    coming += PARTS * at.fetched;
+    for (int part = 0; part < PARTS; coming_of_part[part++] += at.fetched)
+      for (Index byte = 0; byte < at.fetched; byte += CACHE_LINE) __builtin_prefetch(coming_of_part[part] + byte, 0, 2);
     V few[CHUNKS + 1], *grads = CHUNKS ? few : reinterpret_cast<V*>(room);
 #pragma GCC unroll 4
     for (Index chunk = 0; chunk < chunks; ++chunk) {
@@ -130,18 +133,18 @@ void row_of_dots(const void* y, const Real* x, void* taps, Index outputs, Lines 
   }
 }
 
-template <class Real>
-using RowOfDots = void (*)(const void*, const Real*, void*, Index, Lines, const Dots&, Real*, const char*);
+template <class Real, int LANES>
+using RowOfDots = void (*)(const void*, const Real*, void*, const Parts<LANES>&, Lines, const Dots&, Real*, const char*);
 
 template <class Real, class Element, int LANES, int K>
-RowOfDots<Real> choose_chunks(Index chunks) {
+RowOfDots<Real, LANES> choose_chunks(Index chunks) {
   return chunks == 1   ? row_of_dots<Real, Element, LANES, K, 1>
          : chunks == 2 ? row_of_dots<Real, Element, LANES, K, 2>
          : chunks == 4 ? row_of_dots<Real, Element, LANES, K, 4>
                        : row_of_dots<Real, Element, LANES, K, 0>;
 }
 template <class Real, class Element, int LANES>
-RowOfDots<Real> choose_row_of_dots(const Problem& p, Index chunks) {
+RowOfDots<Real, LANES> choose_row_of_dots(const Problem& p, Index chunks) {
   if (p.dilation[2] == 1) {
     if (p.kernel[2] == 3) return choose_chunks<Real, Element, LANES, 3>(chunks);
     if (p.kernel[2] == 5) return choose_chunks<Real, Element, LANES, 5>(chunks);

@@ -29,29 +29,42 @@ void write_taps(Element* to, const Problem& p, const Real* from, Index outputs) 
   }
 }
 
+// The same problem with images that share vectors, `parts` at most: rows are then cut into fewer parts, of which each packs columns that
+// its neighbours pack, too, and computes outputs twice where they overlap. Wide rows lose little by that, and less than by writing to
+// four images in turn.
+inline Problem sharing_images(Problem p, Index parts) {
+  p.sharing = most(1, p.output[2] > 14 ? least(parts, 2) : parts);
+  while (p.batch % p.sharing) p.sharing /= 2;
+  p.batch /= p.sharing;
+  for (Index* step : {p.x_stride, p.kernel_stride, p.y_stride}) *step *= p.sharing;
+  return p;
+}
+
 // Rows of x are packed into a ring, each once, when the first outputs come to it.
 template <class Real, int LANES, class Element>
 struct GradKernel : Alone {
   static constexpr bool LANES_ARE_CHANNELS = false;
   const Problem& p;
+  const Index images;
   // Whether the loop writes where the gradients belong, and reads the outputs' where they are. If these are of another type than
   // that computed in, it does both or neither.
   const bool in_place, y_in_place;
-  const Index outputs, groups;      // of a row of a task, at most
-  const Index chunks, column;       // vectors of channels of a group; from one packed column to the next
+  const Index outputs, groups;  // of a row of a task, at most
+  const Index chunks, column;   // vectors of channels of a group; from one packed column to the next
   const Index x_columns, x_row, x_rows, x_depth, x_group;
   const Dots at;
-  const RowOfDots<Real> row;
+  const RowOfDots<Real, LANES> row;
 
   GradKernel(const Problem& problem, const Tasks& all)
       : p(problem),
+        images(p.sharing),
         in_place(taps_in_one_run(p) && (std::is_same_v<Real, Element> || y_in_one_run())),
         y_in_place(y_in_one_run() && (std::is_same_v<Real, Element> || in_place)),
         outputs(ceil_div(all.columns, all.column_blocks)),
         groups(ceil_div(all.groups, all.group_blocks)),
         chunks(ceil_div(p.channels, SUMMED<LANES>)),
         column(times(chunks, LANES)),
-        x_columns(window(p, 2, Parts<LANES>(outputs).size)),
+        x_columns(window(p, 2, Parts<LANES>(outputs, images).size)),
         x_row(times(x_columns, column)),
         x_rows(window(p, 1, 1)),
         x_depth(times(x_row, x_rows)),
@@ -61,9 +74,14 @@ struct GradKernel : Alone {
                      : choose_row_of_dots<Real, Real, LANES>(p, chunks)) {}
 
   bool y_in_one_run() const { return p.y_stride[1] == 1 && p.channels % SUMMED<LANES> == 0; }
+  Index image_step(const Index* step) const { return step[0] / images; }
   Dots layout() const {
-    return {p.kernel[2], p.stride[2], p.dilation[2], y_in_place ? p.y_stride[4] : chunks * SUMMED<LANES>,
-            in_place ? p.kernel_stride[7] : taps_of(p), chunks, taps_in_one_run(p) ? taps_of(p) * Index(sizeof(Element)) : 0};
+    const Index taps = taps_of(p), y_column = y_in_place ? p.y_stride[4] : chunks * SUMMED<LANES>;
+    const Index tap_output = in_place ? p.kernel_stride[7] : taps;
+    return {p.kernel[2], p.stride[2], p.dilation[2],
+            y_in_place ? image_step(p.y_stride) : times(outputs, y_column), y_column,
+            in_place ? image_step(p.kernel_stride) : times(outputs, tap_output), tap_output,
+            chunks, taps_in_one_run(p) ? taps * Index(sizeof(Element)) : 0};
   }
 
   struct Scratch {
@@ -71,23 +89,25 @@ struct GradKernel : Alone {
     Line* lines;  // all those of the window of a row of outputs
   };
   Scratch scratch(Arena& arena) const {
-    return {arena.take<Real>(times(x_group, groups)), arena.take<Real>(y_in_place ? 0 : times(outputs, chunks, SUMMED<LANES>)),
-            arena.take<Real>(in_place ? 0 : times(outputs, taps_of(p))), arena.take<Real>(column),
+    return {arena.take<Real>(times(x_group, groups)), arena.take<Real>(y_in_place ? 0 : times(images, at.y_image)),
+            arena.take<Real>(in_place ? 0 : times(images, at.tap_image)), arena.take<Real>(column),
             arena.take<Line>(times(p.kernel[0], p.kernel[1]))};
   }
 
   // The taps of a row of outputs lie position by position, all groups together. So all groups run on a row in turn, while the
   // places of the next row are fetched.
   void run(const Task& task, const Scratch& s, Index) const {
-    const Index first_row = task.rows.from * p.stride[1] - p.padding[1];
-    const Range depths = taps_inside(p, 0, task.depth * p.stride[0] - p.padding[0], p.input[0]);
-    const Parts<LANES> parts(task.columns.size());
+    const Index first_row = task.rows.from * p.stride[1] - p.padding[1], first_depth = task.depth * p.stride[0] - p.padding[0];
+    const Range depths = taps_inside(p, 0, first_depth, p.input[0]);
+    const Parts<LANES> parts(task.columns.size(), images);
     Index line = most(0, -first_row);  // the next to pack
     for (Index out = task.rows.from; out < task.rows.to; ++out) {
       const Index lines = least(window(p, 1, out + 1 - task.rows.from), p.input[1] - first_row);
-      for (; line < lines; ++line) pack_x(task, parts, depths, first_row, line, s);
+      for (; line < lines; ++line)
+        for (Index depth = depths.from; depth < depths.to; ++depth)
+          pack_x(task, parts, first_depth, first_row, depth, line, s);
       find_lines(task, out, depths, s);
-      run_row(task, out, s);
+      for (Index group = task.groups.from; group < task.groups.to; ++group) run_row(task, group, out, parts, s);
     }
   }
 
@@ -101,14 +121,14 @@ struct GradKernel : Alone {
       }
   }
 
-  void pack_x(const Task& task, const Parts<LANES>& parts, Range depths, Index first_row, Index line, const Scratch& s) const {
-    const Index *step = p.x_stride, first_depth = task.depth * p.stride[0] - p.padding[0];
-    for (Index depth = depths.from; depth < depths.to; ++depth)
-      pack_parts<Real, LANES>(s.x + depth * x_depth + line % x_rows * x_row, x_group,
-                              static_cast<const Element*>(p.x) + task.batch * step[0] + task.groups.from * p.channels * step[1] +
-                                  (first_depth + depth * p.dilation[0]) * step[2] + (first_row + line) * step[3],
-                              step[1], step[4], parts, p.stride[2], task.columns.from * p.stride[2] - p.padding[2],
-                              window(p, 2, parts.size), p.input[2], task.groups.size(), p.channels);
+  void pack_x(const Task& task, const Parts<LANES>& parts, Index first_depth, Index first_row, Index depth, Index line,
+              const Scratch& s) const {
+    const Index* step = p.x_stride;
+    pack_parts<Real, LANES>(s.x + depth * x_depth + line % x_rows * x_row, x_group,
+                            static_cast<const Element*>(p.x) + task.batch * step[0] + task.groups.from * p.channels * step[1] +
+                                (first_depth + depth * p.dilation[0]) * step[2] + (first_row + line) * step[3],
+                            image_step(step), step[1], step[4], parts, p.stride[2], task.columns.from * p.stride[2] - p.padding[2],
+                            window(p, 2, parts.size), p.input[2], task.groups.size(), p.channels);
   }
 
   // A row of the outputs' gradients of a group -> [column][channel].
@@ -120,23 +140,21 @@ struct GradKernel : Alone {
     pack(std::integral_constant<int, SUMMED<LANES>>{});
   }
 
-  // A row of outputs, with the lines found for it.
-  void run_row(const Task& task, Index out, const Scratch& s) const {
+  // A row of outputs of each image and one group, with the lines found for it.
+  void run_row(const Task& task, Index group, Index out, const Parts<LANES>& parts, const Scratch& s) const {
     const Index *step = p.kernel_stride, *y_step = p.y_stride, count = task.columns.size();
     Element* kernel = static_cast<Element*>(p.kernel_data) + task.batch * step[0] + task.depth * step[5] + out * step[6] +
                       task.columns.from * step[7];
-    const Element* y = static_cast<const Element*>(p.y) + task.batch * y_step[0] + task.depth * y_step[2] + out * y_step[3] +
-                       task.columns.from * y_step[4];
-    for (Index group = task.groups.from; group < task.groups.to; ++group) {
-      const Index local = group - task.groups.from;
-      Element* target = kernel + group * step[1];
-      const Element* source = y + group * p.channels * y_step[1];
-      if (!y_in_place) pack_y(s.y, source, count);
-      row(y_in_place ? static_cast<const void*>(source) : s.y, s.x + local * x_group, in_place ? static_cast<void*>(target) : s.taps,
-          count, {s.lines, s.lines + p.kernel[0] * p.kernel[1]}, at, s.room,
-          reinterpret_cast<const char*>(kernel + step[6]) + group * count * at.fetched);
-      if (!in_place) write_taps(target, p, s.taps, count);
-    }
+    Element* target = kernel + group * step[1];
+    const Element* y = static_cast<const Element*>(p.y) + task.batch * y_step[0] + group * p.channels * y_step[1] +
+                       task.depth * y_step[2] + out * y_step[3] + task.columns.from * y_step[4];
+    for (Index image = 0; !y_in_place && image < images; ++image)
+      pack_y(s.y + image * at.y_image, y + image * image_step(y_step), count);
+    row(y_in_place ? static_cast<const void*>(y) : s.y, s.x + (group - task.groups.from) * x_group,
+        in_place ? static_cast<void*>(target) : s.taps, parts, {s.lines, s.lines + p.kernel[0] * p.kernel[1]}, at, s.room,
+        reinterpret_cast<const char*>(kernel + step[6]) + group * count * at.fetched);
+    for (Index image = 0; !in_place && image < images; ++image)
+      write_taps(target + image * image_step(step), p, s.taps + image * at.tap_image, count);
   }
 };
 

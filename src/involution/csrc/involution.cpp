@@ -62,7 +62,10 @@ int with_dtype(const Problem& p, Index lanes, const Index* size, const Body& bod
 template <class Body>
 int with_grad_kernel(const Problem& p, const Body& body) {
   if (p.grad_weight) return with_dtype<GradSpan>(p, p.output[2], p.output, body);
-  if (!taps_in_planes(p)) return with_dtype<GradKernel>(p, VECTOR_BYTES, p.output, body);
+  if (!taps_in_planes(p)) {
+    const int bytes = p.dtype == FLOAT64 ? 8 : 4;
+    return with_dtype<GradKernel>(sharing_images(p, VECTOR_BYTES / bytes / 4), VECTOR_BYTES, p.output, body);
+  }
   const Index lanes = p.output[2] < 16 ? 8 : 16;  // no more than a row has
   return p.dtype == FLOAT32 ? with_lanes<GradPlanes, float, float>(p, lanes, p.output, body)
                             : with_lanes<GradPlanes, double, double>(p, lanes, p.output, body);

@@ -1,4 +1,4 @@
-// Rows cut into parts whose outputs share vectors: lanes are a few channels at the same column of each part.
+// Rows of one or several images, cut into parts whose outputs share vectors: lanes are a few channels at the same column of each part.
 
 #pragma once
 
@@ -10,13 +10,15 @@ namespace {
 template <int LANES>
 constexpr int SUMMED = LANES < 4 ? LANES : 4;
 
-// Of a row of outputs: how many a part has, and the first of each. The last part ends with the row and may overlap the one before.
+// Of a row of outputs: how many a part has, and where each begins, in which image. As many images as can share vectors have a row
+// each; it is cut into as many parts as are still needed. The last part ends with the row and may overlap the one before.
 template <int LANES>
 struct Parts {
   static constexpr int COUNT = LANES / SUMMED<LANES>;
-  Index size, first[COUNT];
-  explicit Parts(Index outputs) : size(ceil_div(outputs, COUNT)) {
-    for (int part = 0; part < COUNT; ++part) first[part] = least(part * size, outputs - size);
+  Index size, first[COUNT], image[COUNT];
+  Parts(Index outputs, Index images) : size(ceil_div(outputs, COUNT / images)) {
+    const Index cuts = COUNT / images;
+    for (int part = 0; part < COUNT; ++part) first[part] = least(part % cuts * size, outputs - size), image[part] = part / cuts;
   }
 };
 
@@ -31,15 +33,15 @@ inline auto join_parts(const Element* const* from, Index at) {
   else return load<typename Vector<Element, LANES>::type>(*from + at);
 }
 
-// A row -> [group][column of a part][chunk][part][channel], `columns` of each part, zero outside the image and beyond the last
+// Rows -> [group][column of a part][chunk][part][channel], `columns` of each part, zero outside the image and beyond the last
 // channel of a group. The first part begins at the column `first` of the image, outputs are `stride` columns apart.
 template <class Real, int LANES, class Element>
-void pack_parts(Real* to, Index to_group, const Element* from, Index channel_step, Index column_step, const Parts<LANES>& parts,
-                Index stride, Index first, Index columns, Index width, Index groups, Index channels) {
+void pack_parts(Real* to, Index to_group, const Element* from, Index image_step, Index channel_step, Index column_step,
+                const Parts<LANES>& parts, Index stride, Index first, Index columns, Index width, Index groups, Index channels) {
   constexpr int ALL = SUMMED<LANES>, PARTS = Parts<LANES>::COUNT;
   const Index chunks = ceil_div(channels, ALL), all = groups * channels;
   Index done = 0;  // channels
-  if constexpr (ALL == 4)
+  if constexpr (LANES >= 4)
     if (channel_step == 1 && channels % ALL == 0) {  // in the order of memory, whole vectors of channels
       using V = typename Vector<Real, LANES>::type;
       done = all / LANES * LANES;
@@ -53,10 +55,10 @@ void pack_parts(Real* to, Index to_group, const Element* from, Index channel_ste
             const Index source = column + parts.first[part] * stride;
             values[part] = V{};
             if (source < 0 || source >= width) continue;
-            values[part] = load_as<V>(from + source * column_step + channel);
+            values[part] = load_as<V>(from + parts.image[part] * image_step + source * column_step + channel);
           }
-          if constexpr (PARTS >= 2) exchange<LANES, 4, PARTS, 1>(values);
-          if constexpr (PARTS >= 4) exchange<LANES, 8, PARTS, 2>(values);
+          if constexpr (PARTS >= 2) exchange<LANES, ALL, PARTS, 1>(values);
+          if constexpr (PARTS >= 4) exchange<LANES, 2 * ALL, PARTS, 2>(values);
 #pragma GCC unroll 4
           for (int part = 0; part < PARTS; ++part) {
             store<V>(target + chunk * LANES, values[part]);
@@ -71,8 +73,8 @@ void pack_parts(Real* to, Index to_group, const Element* from, Index channel_ste
     for (int part = 0; part < PARTS; ++part) {
       const Index begin = first + parts.first[part] * stride;
       pack_columns<Real, ALL>(to + group * to_group + channel / ALL * LANES + part * ALL, LANES, chunks * LANES,
-                              from + done * channel_step, channel_step, column_step, {begin, begin + columns}, width,
-                              channels - channel);
+                              from + parts.image[part] * image_step + done * channel_step, channel_step, column_step,
+                              {begin, begin + columns}, width, channels - channel);
     }
     done += channels - channel;
   }

@@ -25,6 +25,7 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   void* partial;  // of the gradients of weight and bias: [lot][group, tap][padded(reduced)], then [lot][group, tap]
   void* after;    // what follows the forward pass, `Scaled` of layer.h; null: nothing
   // Python leaves 0. Else so many groups share vectors: `groups` and `channels` count them as one, strides and rows of weights do not.
+  // For grad_kernel so many images do: `batch` and the first strides count them as one.
   Index sharing;
 };
 

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <utility>
-
 #include "parts.h"
 
 namespace {

@@ -90,6 +90,11 @@ inline auto joined(V a, V b) {
 // Stores lanes of `v`, as many as the sequence is long, from the lane FIRST on.
 template <int FIRST, class Real, class V, int... I>
 inline void store_some(Real* to, V v, std::integer_sequence<int, I...>) {
+#if defined(__AVX512F__)
+  // Compilers move the lanes to the lowest ones first, by a port that is busy in loops that end like this.
+  if constexpr (sizeof(V) == 64 && sizeof(Real) == 4 && sizeof...(I) == 4 && FIRST % 4 == 0)
+    return _mm_storeu_ps(to, _mm512_extractf32x4_ps(__m512(v), FIRST / 4));
+#endif
 #if defined(__clang__) || __GNUC__ >= 12
   store<typename Vector<Real, sizeof...(I)>::type>(to, __builtin_shufflevector(v, v, (FIRST + I)...));
 #else
