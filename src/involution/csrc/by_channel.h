@@ -70,8 +70,8 @@ struct ByChannel : Alone {
       result.tap_column = innermost ? 1 : y_columns;
       result.tap_row = p.kernel[2] * result.tap_column;
       result.tap_depth = p.kernel[1] * result.tap_row;
-      result.tap_output = innermost ? p.kernel[0] * result.tap_depth : 1;
-      result.next_group = times(y_columns, taps_of(p));
+      result.tap_output = innermost ? of_output() : 1;
+      result.next_group = times(y_columns, of_output());
     }
     if (generates_taps) {
       result.tap_output = 1;
@@ -83,16 +83,17 @@ struct ByChannel : Alone {
     return result;
   }
 
+  Index of_output() const { return ceil_div(taps_of(p), WIDEST) * WIDEST; }  // copied taps, which begin where a vector does
+
   struct Scratch {
     Real *x, *y, *taps, *features;
     Line* lines;  // of the window of each row of a block
     Lines* of_row;
   };
   Scratch scratch(Arena& arena) const {
-    const Index taps = sharing * taps_of(p);
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
             arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, WIDTH)),
-            arena.take<Real>(generates_taps ? times(pixels, taps) : copies_taps ? times(y_columns, taps) : 0),
+            arena.take<Real>(generates_taps ? times(sharing, pixels, taps_of(p)) : copies_taps ? times(sharing, y_columns, of_output()) : 0),
             arena.take<Real>(generates_taps ? times(pixels, p.reduced) : 0),
             arena.take<Line>(times(together, p.kernel[0], p.kernel[1])), arena.take<Lines>(together)};
   }

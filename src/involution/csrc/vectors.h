@@ -124,15 +124,24 @@ constexpr int LANES_OF = sizeof(V) / sizeof(LaneOf<V>);
 template <int LANES>
 using Halves = typename Vector<std::uint16_t, LANES>::type;
 
+#if defined(__AVX512F__)
+// The words I * TIMES / 2 + FIRST of a register.
+template <int TIMES, int FIRST, int... I>
+inline __m512i numbers_of_words(std::integer_sequence<int, I...>) {
+  return __m512i(Halves<32>{std::uint16_t((I * TIMES / 2 + FIRST) % 32)...});
+}
+#endif
+
 // Elements of 16 bits as a vector V of floats. Compilers do not make vectors of conversions of float16 by themselves, and g++ 12
 // takes apart what one instruction does with bfloat16.
 template <class V, class Element>
 inline V widened(Halves<LANES_OF<V>> halves) {
   constexpr int LANES = LANES_OF<V>;
 #if defined(__AVX512F__)
+  [[maybe_unused]] constexpr auto words = std::make_integer_sequence<int, 32>{};
   if constexpr (std::is_same_v<Element, Float16> && LANES == 16) return V(_mm512_cvtph_ps(__m256i(halves)));
   if constexpr (std::is_same_v<Element, BFloat16> && LANES == 16)
-    return V(_mm512_slli_epi32(_mm512_cvtepu16_epi32(__m256i(halves)), 16));
+    return V(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, numbers_of_words<1, 0>(words), _mm512_castsi256_si512(__m256i(halves))));
 #endif
 #if defined(__F16C__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 8) return V(_mm256_cvtph_ps(__m128i(halves)));
@@ -181,13 +190,15 @@ inline Halves<LANES_OF<V>> narrowed(V floats) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 16) return Result(_mm512_cvtps_ph(__m512(floats), 0));
   if constexpr (std::is_same_v<Element, BFloat16> && LANES == 16) {
-    const __m512i bits = _mm512_castps_si512(__m512(floats)), odd = _mm512_srli_epi32(_mm512_slli_epi32(bits, 15), 31);
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    constexpr auto words = std::make_integer_sequence<int, 32>{};
+    const __m512i bits = _mm512_castps_si512(__m512(floats)), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    __m512i rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
     if constexpr (NAN_IS == Nan::ANY) {
       const __mmask16 nan = _mm512_cmp_ps_mask(__m512(floats), __m512(floats), _CMP_UNORD_Q);
-      rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+      rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     }
-    return Result(_mm512_cvtepi32_epi16(rounded));
+    return Result(_mm512_castsi512_si256(_mm512_permutexvar_epi16(numbers_of_words<4, 1>(words), rounded)));
   }
 #endif
 #if defined(__F16C__)
@@ -286,6 +297,7 @@ inline void copy_run(To* to, const From* from, Index count) {
     std::memcpy(to, from, sizeof(To) * count);
   } else {
     Index i = 0;
+    for (; i + 48 <= count; i += 48) copy_lanes<48>(to + i, from + i);  // almost all of 7 x 7 taps
     for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
     if (i > 0 && i + 4 <= count) copy_lanes<16>(to + count - 16, from + count - 16), i = count;  // some anew
     for (; i + 4 <= count; i += 4) copy_lanes<4>(to + i, from + i);
