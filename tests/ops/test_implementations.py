@@ -43,6 +43,26 @@ def test_every_variant_of_the_library(dtype: torch.dtype, layout: str) -> None:
         problem(each, dtype).check(run_served, LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("variant")
+def test_every_variant_rounds_to_nearest_even(dtype: torch.dtype, layout: str) -> None:
+    """Sums of whole numbers are exact in any order, so that rounding to half types is left, often of ties."""
+    draw, ties = torch.Generator().manual_seed(0), 0
+    for each in CASES[::2]:
+        tensors = [torch.randint(-31, 32, t.shape, generator=draw).to(dtype) for t in each.tensors(dtype)]
+        for op in OPS:
+            exact = run_reference(op, *(t.double() for t in tensors), each.window)
+            laid = (lay(t, len(each.size)) for lay, t in zip(LAYOUTS[layout], tensors, strict=True))
+            got = run_served(op, *laid, each.window)
+            assert torch.equal(got, exact.to(dtype)), (each, op)
+            off = exact - got.double()
+            ties += int(
+                ((exact + off).to(dtype) == exact + off).logical_and(off != 0).sum()
+            )  # as far from the other side
+    assert (ties > 1000) == (dtype.itemsize == 2)
+
+
 @pytest.mark.parametrize("layouts", [*itertools.product(["contiguous", "channels_last"], repeat=3)], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("variant")
