@@ -66,7 +66,7 @@ int with_grad_kernel(const Problem& p, const Body& body) {
     const int bytes = p.dtype == FLOAT64 ? 8 : 4;
     return with_dtype<GradKernel>(sharing_images(p, VECTOR_BYTES / bytes / 4), VECTOR_BYTES, p.output, body);
   }
-  const Index lanes = p.output[2] < 16 ? 8 : 16;  // no more than a row has
+  const Index lanes = p.output[2] < 8 ? 8 : 16;  // of which a row fills half, at least
   return p.dtype == FLOAT32 ? with_lanes<GradPlanes, float, float>(p, lanes, p.output, body)
                             : with_lanes<GradPlanes, double, double>(p, lanes, p.output, body);
 }

@@ -104,13 +104,21 @@ inline void store_some(Real* to, V v, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// Stores the first `count` lanes, at least half of them: one half, and another that may overlap it.
+// Stores the first `count` lanes, at least half of them.
 template <int LANES, class Real, class V>
 inline void store_first(Real* to, V v, Index count) {
+#if defined(__AVX512VL__)
+  const __mmask16 lanes = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(V) == 64 && sizeof(Real) == 4) return _mm512_mask_storeu_ps(to, lanes, __m512(v));
+  if constexpr (sizeof(V) == 64 && sizeof(Real) == 8) return _mm512_mask_storeu_pd(to, __mmask8(lanes), __m512d(v));
+  if constexpr (sizeof(V) == 32 && sizeof(Real) == 4) return _mm256_mask_storeu_ps(to, __mmask8(lanes), __m256(v));
+  if constexpr (sizeof(V) == 32 && sizeof(Real) == 8) return _mm256_mask_storeu_pd(to, __mmask8(lanes), __m256d(v));
+#endif
+  // One half, and another that may overlap it.
   using Half = typename Vector<Real, LANES / 2>::type;
-  Real lanes[LANES];
-  store<V>(lanes, v);
-  const Half first = load<Half>(lanes), last = load<Half>(lanes + count - LANES / 2);
+  Real all[LANES];
+  store<V>(all, v);
+  const Half first = load<Half>(all), last = load<Half>(all + count - LANES / 2);
   store<Half>(to, first);
   store<Half>(to + count - LANES / 2, last);
 }
@@ -290,19 +298,16 @@ inline void copy_lanes(To* to, const From* from) {
   }
 }
 
-// A run of elements, to another type.
+// A run of elements, as a rule too short for it to pay that memcpy is called. The last ones may be copied anew.
 template <class To, class From>
 inline void copy_run(To* to, const From* from, Index count) {
-  if constexpr (std::is_same_v<To, From>) {
-    std::memcpy(to, from, sizeof(To) * count);
-  } else {
-    Index i = 0;
-    for (; i + 48 <= count; i += 48) copy_lanes<48>(to + i, from + i);  // almost all of 7 x 7 taps
-    for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
-    if (i > 0 && i + 4 <= count) copy_lanes<16>(to + count - 16, from + count - 16), i = count;  // some anew
-    for (; i + 4 <= count; i += 4) copy_lanes<4>(to + i, from + i);
-    for (; i < count; ++i) copy_lanes<1>(to + i, from + i);
-  }
+  Index i = 0;
+  for (; i + 48 <= count; i += 48) copy_lanes<48>(to + i, from + i);  // almost all of 7 x 7 taps
+  for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
+  if (i > 0 && i + 4 <= count) return copy_lanes<16>(to + count - 16, from + count - 16);
+  for (; i + 4 <= count; i += 4) copy_lanes<4>(to + i, from + i);
+  if (count >= 4) return copy_lanes<4>(to + count - 4, from + count - 4);
+  for (; i < count; ++i) copy_lanes<1>(to + i, from + i);
 }
 
 }  // namespace
