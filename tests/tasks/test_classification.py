@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from involution.cli import main
 from involution.tasks.classification import Classification
+from involution.tasks.predict import Classes
 from involution.tasks.report import Row, measure, table
 
 SMALL = {"in_chans": 1, "num_classes": 10, "base_width": 16, "stem_width": 32}
@@ -51,6 +53,16 @@ def test_predicting_gives_probabilities():
     assert found.shape == (3, 10)
     torch.testing.assert_close(found.sum(1), torch.ones(3))
     assert torch.equal(found.argmax(1), module(images).argmax(1))
+
+
+def test_probabilities_that_are_no_numbers_are_refused_and_those_before_written(tmp_path):
+    writer = Classes(tmp_path, list("abc"), ["one", "two"])
+    writer.write_on_batch_end(None, None, torch.tensor([[0.25, 0.5, 0.25]]))
+    with pytest.raises(ValueError, match=r"`ckpt_path` must hold .* for image two the likeliest class has nan\."):
+        writer.write_on_batch_end(None, None, torch.full((1, 3), torch.nan))
+    writer.on_exception(None, None, ValueError())
+    (entry,) = json.loads((tmp_path / "predictions.json").read_text())
+    assert (entry["image"], entry["classes"][0]) == ("one", {"class": "b", "probability": 0.5})
 
 
 def test_the_mirror_has_the_widths_of_its_rednet_and_no_involution():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ class Classes(_Writer):
         folder: where predictions.json goes.
         classes: their names.
         names: of the images, in their order. Default: their places.
+
+    Raises:
+        ValueError: of an image whose probabilities are not numbers; none of its classes is likelier than another.
     """
 
     what = "images in predictions.json"
@@ -124,9 +128,15 @@ class Classes(_Writer):
         """Remember the images of one batch."""
         best = prediction.cpu().topk(min(_LIKELIEST, len(self._classes)))
         for scores, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            name = self._next_name()
+            if not all(map(isfinite, scores)):
+                raise ValueError(
+                    f"`ckpt_path` must hold weights that give probabilities; for image {name} the likeliest class has "
+                    f"{scores[0]}. A training that diverged leaves such weights; a precision of 16 bits can overflow."
+                )
             likely = zip(numbers, scores, strict=True)
             found = [{"class": self._classes[number], "probability": round(score, 4)} for number, score in likely]
-            self.entries.append({"image": self._next_name(), "classes": found})
+            self.entries.append({"image": name, "classes": found})
 
 
 class Drawings(_Writer):
