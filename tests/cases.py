@@ -88,7 +88,7 @@ CASES = (
     case((5, 9), 3, padding=1, batch=1),
     # Two or four images that share vectors, and rows cut into parts as there are none; fewer outputs than parts.
     *(case((5, 9), 7, padding=3, batch=b, group_channels=16) for b in (1, 3, 4)),
-    case((4, 13), 3, stride=2, padding=1, batch=8, groups=1, group_channels=6),
+    *(case((4, 13), 3, stride=2, padding=1, batch=b, groups=3, group_channels=d) for b, d in ((6, 4), (8, 6), (8, 8))),
     case((3, 35), 5, padding=2, batch=3, groups=1, group_channels=8),
     case((5, 2), 3, padding=1, batch=3, group_channels=16),
     # Tiny inputs, kernels larger than the input, windows that see nothing but zeros, an axis without entries.
@@ -147,9 +147,10 @@ def drawn_cases(draw: st.DrawFn) -> Case:
     padding = per_axis(0, 4)
     needed = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel_size, dilation, padding, strict=True)]
     size = tuple(max(1, n) + draw(st.integers(0, 20 // rank**2)) for n in needed)
-    # Fours of channels share vectors where there are enough of them.
+    # Fours of channels share vectors where there are enough of them; so do two and four images.
+    batch = draw(st.integers(0, 3) | st.sampled_from((4, 6, 8)))
     groups, group_channels = draw(st.integers(1, 3) | st.sampled_from((4, 8))), draw(st.just(4) | st.integers(1, 20))
-    return case(size, kernel_size, stride, padding, dilation, draw(st.integers(0, 3)), groups, group_channels)
+    return case(size, kernel_size, stride, padding, dilation, batch, groups, group_channels)
 
 
 class Problem:

@@ -81,14 +81,18 @@ def test_both_gradients_at_once_to_the_bit(dtype: torch.dtype, layouts: tuple[st
             assert expected.stride() == got.stride()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch == 2 and 0 not in c.size][::3], ids=str)
-def test_expanded_inputs(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.batch == 2 and 0 not in c.size][::3] + [c for c in CASES if c.batch > 3], ids=str
+)
+def test_expanded_inputs(case: Case, dtype: torch.dtype, layout: str) -> None:
     """Stride 0: one image for the batch, one kernel for all positions, and the gradient that `sum` sends back."""
     x, kernel, grad = case.tensors(dtype)
     rank = x.dim() - 2
     kernel = kernel[(..., *(slice(1),) * rank)].expand_as(kernel)
-    Problem(x[:1].expand_as(x), kernel, grad.flatten()[0].expand_as(grad), case.window).check(run_served)
+    x = LAYOUTS[layout][0](x, rank)[:1].expand_as(x)
+    Problem(x, kernel, grad.flatten()[0].expand_as(grad), case.window).check(run_served)
 
 
 @given(case=drawn_cases(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(sorted(LAYOUTS)))

@@ -70,8 +70,8 @@ struct ByChannel : Alone {
       result.tap_column = innermost ? 1 : y_columns;
       result.tap_row = p.kernel[2] * result.tap_column;
       result.tap_depth = p.kernel[1] * result.tap_row;
-      result.tap_output = innermost ? of_output() : 1;
-      result.next_group = times(y_columns, of_output());
+      result.tap_output = innermost ? copied_taps() : 1;
+      result.next_group = times(y_columns, copied_taps());
     }
     if (generates_taps) {
       result.tap_output = 1;
@@ -83,7 +83,7 @@ struct ByChannel : Alone {
     return result;
   }
 
-  Index of_output() const { return ceil_div(taps_of(p), WIDEST) * WIDEST; }  // copied taps, which begin where a vector does
+  Index copied_taps() const { return ceil_div(taps_of(p), WIDEST) * WIDEST; }  // room for those of an output; vectors begin there
 
   struct Scratch {
     Real *x, *y, *taps, *features;
@@ -93,7 +93,8 @@ struct ByChannel : Alone {
   Scratch scratch(Arena& arena) const {
     return {arena.take<Real>(times(x_chunk, x_groups, chunks)),
             arena.take<Real>(y_in_place ? 0 : times(y_columns, chunks, WIDTH)),
-            arena.take<Real>(generates_taps ? times(sharing, pixels, taps_of(p)) : copies_taps ? times(sharing, y_columns, of_output()) : 0),
+            arena.take<Real>(generates_taps ? times(sharing, pixels, taps_of(p))
+                                            : copies_taps ? times(sharing, y_columns, copied_taps()) : 0),
             arena.take<Real>(generates_taps ? times(pixels, p.reduced) : 0),
             arena.take<Line>(times(together, p.kernel[0], p.kernel[1])), arena.take<Lines>(together)};
   }

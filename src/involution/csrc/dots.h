@@ -93,7 +93,7 @@ struct Dots {
   Index y_image, y_column;       // from image to image, from output to output
   Index tap_image, tap_output;
   Index chunks;                  // vectors of channels of a group
-  Index fetched;                 // bytes of taps to come that are prefetched with each output
+  Index fetched, fetched_image;  // bytes of taps to come that are prefetched with each output, and from image to image
 };
 
 // The gradients of all taps of a row of outputs of each image; zeros to those of lines that lie outside the image. Packed rows of x lie
@@ -114,7 +114,7 @@ void row_of_dots(const void* y, const Real* x, void* taps, const Parts<LANES>& p
     const Index image = parts.image[part], first = parts.first[part];
     of_part[part] = static_cast<Bits*>(taps) + image * at.tap_image + first * at.tap_output;
     y_of_part[part] = static_cast<const Bits*>(y) + image * at.y_image + first * at.y_column;
-    coming_of_part[part] = coming + image * at.tap_image * Index(sizeof(Bits)) + first * at.fetched;
+    coming_of_part[part] = coming + image * at.fetched_image + first * at.fetched;
   }
   for (Index output = 0; output < parts.size; ++output, x += at.stride * column) {
     for (int part = 0; part < PARTS; coming_of_part[part++] += at.fetched)

@@ -29,14 +29,17 @@ void write_taps(Element* to, const Problem& p, const Real* from, Index outputs) 
   }
 }
 
-// The same problem with images that share vectors, `parts` at most: rows are then cut into fewer parts, of which each packs columns that
-// its neighbours pack, too, and computes outputs twice where they overlap. Wide rows lose little by that, and less than by writing to
-// four images in turn.
+constexpr Index NARROW = 14;  // columns of outputs
+
+// The same problem with images that share vectors, `parts` at most, as long as there is a task for each thread. Parts of a row pack
+// columns that their neighbours pack, too, and compute outputs twice where they overlap: narrow rows are not cut at all, if possible.
+// Wide ones lose little by one cut, less than by writing to four images in turn.
 inline Problem sharing_images(Problem p, Index parts) {
-  p.sharing = most(1, p.output[2] > 14 ? least(parts, 2) : parts);
-  while (p.batch % p.sharing) p.sharing /= 2;
-  p.batch /= p.sharing;
-  for (Index* step : {p.x_stride, p.kernel_stride, p.y_stride}) *step *= p.sharing;
+  const Index tasks = times(p.batch, p.output[0], p.groups, most(1, p.output[1] / LEAST_ROWS_PER_TASK)), threads = threads_for(p);
+  p.images = p.output[2] > NARROW ? least(parts, 2) : parts;
+  while (p.images > 1 && (p.batch % p.images != 0 || tasks / p.images < threads)) p.images /= 2;
+  p.batch /= p.images;
+  for (Index* step : {p.x_stride, p.kernel_stride, p.y_stride}) *step *= p.images;
   return p;
 }
 
@@ -57,7 +60,7 @@ struct GradKernel : Alone {
 
   GradKernel(const Problem& problem, const Tasks& all)
       : p(problem),
-        images(p.sharing),
+        images(p.images),
         in_place(taps_in_one_run(p) && (std::is_same_v<Real, Element> || y_in_one_run())),
         y_in_place(y_in_one_run() && (std::is_same_v<Real, Element> || in_place)),
         outputs(ceil_div(all.columns, all.column_blocks)),
@@ -81,7 +84,7 @@ struct GradKernel : Alone {
     return {p.kernel[2], p.stride[2], p.dilation[2],
             y_in_place ? image_step(p.y_stride) : times(outputs, y_column), y_column,
             in_place ? image_step(p.kernel_stride) : times(outputs, tap_output), tap_output,
-            chunks, taps_in_one_run(p) ? taps * Index(sizeof(Element)) : 0};
+            chunks, taps_in_one_run(p) ? taps * Index(sizeof(Element)) : 0, image_step(p.kernel_stride) * Index(sizeof(Element))};
   }
 
   struct Scratch {

@@ -3,12 +3,13 @@
 // It is compiled once for each instruction set, with VECTOR_BYTES the width of its registers; Python picks the
 // library to load. Nothing of Python or torch is included: the interface is two structs of 64-bit words.
 //
-// The plan of all ops. A task is a block of rows (and columns) of one image. The rows the block needs are packed into a
+// The plan of all ops. A task is a block of rows (and columns) of an image. The rows the block needs are packed into a
 // scratch that is dense, zero-padded and of the type computed in; then the loops run on it:
 //   forward, grad_x   lanes are channels of the group, a tap of the kernel is a scalar that multiplies all lanes, and a
 //                     tile of columns stays in registers, so that a vector read once serves up to K columns; groups of
 //                     four channels share vectors, each with its own taps;
-//   grad_kernel       lanes are channels at a few outputs, and are added up for four taps of a line at a time;
+//   grad_kernel       lanes are channels at a few outputs, of as many images if possible, and are added up for four taps of a line
+//                     at a time;
 //   ... in planes     (contiguous, or generated) lanes are columns, and a tile of taps at several rows stays in registers.
 // Packing makes strides, element types and image borders vanish from the loops; it costs one copy for every K * K uses.
 // Tasks share nothing, or sum in an order that sizes alone decide, so no result depends on how they are dealt out: the same
@@ -63,8 +64,8 @@ template <class Body>
 int with_grad_kernel(const Problem& p, const Body& body) {
   if (p.grad_weight) return with_dtype<GradSpan>(p, p.output[2], p.output, body);
   if (!taps_in_planes(p)) {
-    const int bytes = p.dtype == FLOAT64 ? 8 : 4;
-    return with_dtype<GradKernel>(sharing_images(p, VECTOR_BYTES / bytes / 4), VECTOR_BYTES, p.output, body);
+    const Index parts = p.dtype == FLOAT64 ? Parts<VECTOR_BYTES / 8>::COUNT : Parts<VECTOR_BYTES / 4>::COUNT;
+    return with_dtype<GradKernel>(sharing_images(p, parts), VECTOR_BYTES, p.output, body);
   }
   const Index lanes = p.output[2] < 8 ? 8 : 16;  // of which a row fills half, at least
   return p.dtype == FLOAT32 ? with_lanes<GradPlanes, float, float>(p, lanes, p.output, body)

@@ -24,12 +24,12 @@ struct Problem {  // in the order in which cpu.py packs it; sizes and strides in
   void *grad_features, *grad_weight, *grad_bias;
   void* partial;  // of the gradients of weight and bias: [lot][group, tap][padded(reduced)], then [lot][group, tap]
   void* after;    // what follows the forward pass, `Scaled` of layer.h; null: nothing
-  // Python leaves 0. Else so many groups share vectors: `groups` and `channels` count them as one, strides and rows of weights do not.
-  // For grad_kernel so many images do: `batch` and the first strides count them as one.
-  Index sharing;
+  // Python leaves 0 in both. Else so many groups share vectors: `groups` and `channels` count them as one, strides and rows of weights
+  // do not. And so many images: `batch` and its strides count them as one.
+  Index sharing, images;
 };
 
-static_assert(sizeof(Problem) == 64 * 8, "cpu.py packs 64 words");
+static_assert(sizeof(Problem) == 65 * 8, "cpu.py packs 65 words");
 
 enum DType : Index { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 

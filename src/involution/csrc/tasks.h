@@ -18,7 +18,16 @@ constexpr Index LEAST_ROWS_PER_TASK = 7;            // whose windows overlap wit
 constexpr Index PIXELS_PER_TASK = 448;              // where the kernel is generated: the taps of one group stay in the second-level cache
 [[maybe_unused]] constexpr Index SERIAL_WORK = 1 << 15;              // multiply-adds below which a second thread costs more than it gives
 
-// How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups.
+// Threads that an op is worth.
+inline Index threads_for([[maybe_unused]] const Problem& p) {
+#if defined(_OPENMP)
+  const Index outputs = p.output[0] * p.output[1] * p.output[2];
+  if (most(1, p.images) * p.batch * p.groups * p.channels * outputs * taps_of(p) > SERIAL_WORK) return omp_get_max_threads();
+#endif
+  return 1;
+}
+
+// How one op is cut: into batch x depths x blocks of rows x blocks of columns x blocks of groups. Images that share vectors are one.
 struct Tasks {
   Index depths, rows, columns, groups;                      // extents
   Index row_blocks, column_blocks, group_blocks, count;     // how many
@@ -140,20 +149,14 @@ class PlanOf final : public Plan {
   void finish() const override { op_.finish(lots); }
 
  private:
-  static Index threads_for([[maybe_unused]] const Problem& p) {
-#if defined(_OPENMP)
-    const Index outputs = p.output[0] * p.output[1] * p.output[2];
-    if (p.batch * p.groups * p.channels * outputs * taps_of(p) > SERIAL_WORK) return omp_get_max_threads();
-#endif
-    return 1;
-  }
   const Tasks tasks_;
   const Op op_;
 };
 
-// Runs one op, or two in turns, on torch's threads. Returns 0, or 1 if there is no memory for the scratch.
+// Runs one op, or two in turns, with the same share of both done at any time, on torch's threads. Returns 0, or 1 if there is no memory
+// for the scratch.
 inline int run_plans(const Plan& plan, const Plan* other = nullptr) {
-  const Index others = other ? other->lots : 0, in_turns = 2 * least(plan.lots, others);
+  const Index turns = plan.lots + (other ? other->lots : 0);
   const Index threads = most(plan.threads, other ? other->threads : 1), bytes = most(plan.scratch, other ? other->scratch : 1);
   if (times(bytes, threads) >= TOO_MUCH) return 1;
   char* memory = kept<Use::TASKS>().at_least(bytes * threads);
@@ -161,13 +164,14 @@ inline int run_plans(const Plan& plan, const Plan* other = nullptr) {
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) if (threads > 1)
 #endif
-  for (Index turn = 0; turn < plan.lots + others; ++turn) {
+  for (Index turn = 0; turn < turns; ++turn) {
     Index thread = 0;
 #if defined(_OPENMP)
     thread = omp_get_thread_num();
 #endif
-    const bool first = turn < in_turns ? turn % 2 == 0 : plan.lots > others;
-    (first ? plan : *other).run(turn < in_turns ? turn / 2 : turn - in_turns / 2, memory + bytes * thread);
+    const Index begun = ceil_div(turn * plan.lots, turns);  // lots of the first op
+    const bool first = ceil_div((turn + 1) * plan.lots, turns) > begun;
+    (first ? plan : *other).run(first ? begun : turn - begun, memory + bytes * thread);
   }
   plan.finish();
   if (other) other->finish();

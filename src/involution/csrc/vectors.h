@@ -52,7 +52,7 @@ inline void store(Real* to, V value) {
 // taps that the others could be are read by instructions of their own then. Other processors have no such operands, or no free register.
 template <class V>
 inline V in_register(V value) {
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(__AVX512BW__) && !defined(__clang__)
   if constexpr (sizeof(V) >= 16) asm("" : "+v"(value));
 #endif
   return value;
@@ -90,7 +90,7 @@ inline auto joined(V a, V b) {
 // Stores lanes of `v`, as many as the sequence is long, from the lane FIRST on.
 template <int FIRST, class Real, class V, int... I>
 inline void store_some(Real* to, V v, std::integer_sequence<int, I...>) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   // Compilers move the lanes to the lowest ones first, by a port that is busy in loops that end like this.
   if constexpr (sizeof(V) == 64 && sizeof(Real) == 4 && sizeof...(I) == 4 && FIRST % 4 == 0)
     return _mm_storeu_ps(to, _mm512_extractf32x4_ps(__m512(v), FIRST / 4));
@@ -132,7 +132,7 @@ constexpr int LANES_OF = sizeof(V) / sizeof(LaneOf<V>);
 template <int LANES>
 using Halves = typename Vector<std::uint16_t, LANES>::type;
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 // The words I * TIMES / 2 + FIRST of a register.
 template <int TIMES, int FIRST, int... I>
 inline __m512i numbers_of_words(std::integer_sequence<int, I...>) {
@@ -145,7 +145,7 @@ inline __m512i numbers_of_words(std::integer_sequence<int, I...>) {
 template <class V, class Element>
 inline V widened(Halves<LANES_OF<V>> halves) {
   constexpr int LANES = LANES_OF<V>;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   [[maybe_unused]] constexpr auto words = std::make_integer_sequence<int, 32>{};
   if constexpr (std::is_same_v<Element, Float16> && LANES == 16) return V(_mm512_cvtph_ps(__m256i(halves)));
   if constexpr (std::is_same_v<Element, BFloat16> && LANES == 16)
@@ -195,7 +195,7 @@ template <class Element, Nan NAN_IS = Nan::ANY, class V>
 inline Halves<LANES_OF<V>> narrowed(V floats) {
   constexpr int LANES = LANES_OF<V>;
   using Result = Halves<LANES>;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   if constexpr (std::is_same_v<Element, Float16> && LANES == 16) return Result(_mm512_cvtps_ph(__m512(floats), 0));
   if constexpr (std::is_same_v<Element, BFloat16> && LANES == 16) {
     constexpr auto words = std::make_integer_sequence<int, 32>{};
@@ -298,7 +298,7 @@ inline void copy_lanes(To* to, const From* from) {
   }
 }
 
-// A run of elements, as a rule too short for it to pay that memcpy is called. The last ones may be copied anew.
+// A run of elements, often too short for it to pay that memcpy is called. The last ones may be copied anew.
 template <class To, class From>
 inline void copy_run(To* to, const From* from, Index count) {
   Index i = 0;
@@ -306,7 +306,7 @@ inline void copy_run(To* to, const From* from, Index count) {
   for (; i + 16 <= count; i += 16) copy_lanes<16>(to + i, from + i);
   if (i > 0 && i + 4 <= count) return copy_lanes<16>(to + count - 16, from + count - 16);
   for (; i + 4 <= count; i += 4) copy_lanes<4>(to + i, from + i);
-  if (count >= 4) return copy_lanes<4>(to + count - 4, from + count - 4);
+  if (i < count && count >= 4) return copy_lanes<4>(to + count - 4, from + count - 4);
   for (; i < count; ++i) copy_lanes<1>(to + i, from + i);
 }
 

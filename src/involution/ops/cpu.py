@@ -15,7 +15,7 @@ from torch import Tensor
 Ints = Sequence[int]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("12P")  # together `struct Problem` of csrc/problem.h
+_SIZES, _ADDRESSES = struct.Struct("52q"), struct.Struct("13P")  # together `struct Problem` of csrc/problem.h
 # Together, with a norm twice, `struct Layer` of csrc/layer.h.
 _PRODUCT, _SOURCE, _NORM = struct.Struct("3P"), struct.Struct("6q"), struct.Struct("4Pdq")
 _FOLLOWING = struct.Struct("3q2P")  # with a norm, `struct Following` of csrc/follow.h
@@ -120,7 +120,7 @@ def layer(
     given = (x.data_ptr(), 0, out.data_ptr(), features.data_ptr(), span.data_ptr(), span_bias)
     around = _PRODUCT.pack(source.data_ptr(), weight.data_ptr(), bias) + of_source
     around += _NORM.pack(*norms[:4], eps[0], relu[0]) + _NORM.pack(*norms[4:], eps[1], relu[1])
-    _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 6), around), x, window)
+    _run("involution_layer", (sizes + _ADDRESSES.pack(*given, *(0,) * 7), around), x, window)
 
 
 def follow(y: Tensor, norm: Sequence[Tensor | None], eps: float, beside: Tensor | None, relu: bool) -> None:
@@ -245,7 +245,7 @@ def _sizes_given(x: Tensor, kernel: Tensor, y: Tensor, window: Sequence[Ints]) -
 
 
 def _addresses_given(x: Tensor, kernel: Tensor, y: Tensor) -> bytes:
-    return _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return _ADDRESSES.pack(x.data_ptr(), kernel.data_ptr(), y.data_ptr(), *(0,) * 10)
 
 
 def _call_generated(
@@ -286,7 +286,7 @@ def _addresses_generated(
     x: Tensor, y: Tensor, span: tuple[Tensor, Tensor, Tensor | None], grads: tuple[Tensor, ...] = ()
 ) -> bytes:
     filled = tuple(t.data_ptr() for t in grads) or (0,) * 4
-    return _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *map(_address, span), *filled, 0, 0)
+    return _ADDRESSES.pack(x.data_ptr(), 0, y.data_ptr(), *map(_address, span), *filled, 0, 0, 0)
 
 
 def _address(tensor: Tensor | None) -> int:
