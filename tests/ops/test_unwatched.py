@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from involution.ops import cpu, functional, library
 from involution.ops.functional import generated_involution, involution
 from involution.ops.unwatched import unwatched
 
-BOTH, gradients = "both gradients at once", cpu.gradients
+BOTH = "both gradients at once"
 X, KERNEL = torch.randn(2, 4, 5, 5), torch.randn(2, 2, 3, 3, 5, 5)
 
 
@@ -31,9 +32,10 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     original = library.call_on_cpu
     monkeypatch.setattr(functional, "_passed", {})
     monkeypatch.setattr(library, "call_on_cpu", lambda op, *args: calls.append(op) or original(op, *args))
-    for name, op in (("prepared_forward", library.forward), ("prepared_generated", library.generated)):
-        monkeypatch.setattr(cpu, name, _logged(getattr(cpu, name), op, calls))
-    monkeypatch.setattr(cpu, "gradients", lambda *args: calls.append(BOTH) or gradients(*args))
+    monkeypatch.setattr(library, "_gradients_of", lru_cache(library._gradients_of.__wrapped__))
+    prepared = {"forward": library.forward, "generated": library.generated, "gradients": BOTH}
+    for name, op in prepared.items():
+        monkeypatch.setattr(cpu, f"prepared_{name}", _logged(getattr(cpu, f"prepared_{name}"), op, calls))
     return calls
 
 

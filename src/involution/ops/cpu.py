@@ -219,15 +219,25 @@ def grad_kernel(out: Tensor, grad: Tensor, x: Tensor, stride: Ints, padding: Int
     _call("involution_grad_kernel", x, out, grad, stride, padding, dilation)
 
 
-def gradients(
-    outs: Sequence[Tensor], grad: Tensor, x: Tensor, kernel: Tensor, stride: Ints, padding: Ints, dilation: Ints
-) -> None:
-    """Fill `outs` as `grad_x` and `grad_kernel` do, to the bit, in turns: the second finds `grad` in the cache."""
-    for out in outs:
-        _in_large_pages(out)
-    window = (stride, padding, dilation)
-    problems = _problem(outs[0], kernel, grad, window), _problem(x, outs[1], grad, window)
-    _run("involution_gradients", problems, x, window)
+def prepared_gradients(
+    outs: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, kernel: Tensor, *window: Ints
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`grad_x` and `grad_kernel` in turns, to the bit, so that the second finds `grad` in the cache: into new tensors.
+
+    They are like `outs`; grad, x and kernel may differ from these in what they hold. All may be on the meta device.
+    """
+    sizes = _sizes_given(outs[0], kernel, grad, window), _sizes_given(x, outs[1], grad, window)
+    layouts = [(out.shape, out.stride()) for out in outs]
+
+    def run(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        of_x, of_kernel = (x.new_empty_strided(*layout) for layout in layouts)
+        _in_large_pages(of_x)
+        _in_large_pages(of_kernel)
+        addresses = _addresses_given(of_x, kernel, grad), _addresses_given(x, of_kernel, grad)
+        _run("involution_gradients", (sizes[0] + addresses[0], sizes[1] + addresses[1]), x, window)
+        return of_x, of_kernel
+
+    return run
 
 
 def _call(name: str, x: Tensor, kernel: Tensor, y: Tensor, *window: Ints) -> None:

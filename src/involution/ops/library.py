@@ -11,7 +11,7 @@ derivatives, `generated_grad_x` and `grad_span`; those of higher order are taken
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
@@ -266,13 +266,18 @@ def _at_once(grad: Tensor, x: Tensor, kernel: Tensor, window: Sequence[Ints]) ->
     tensors = (grad, x, kernel)
     if not (cpu.available() and unwatched(tensors)) or recorded(tensors) or 0 in [t.numel() for t in tensors]:
         return None
-    rank = x.dim() - 2
+    return _gradients_of(tuple(map(tuple, window)), *((t.dtype, t.shape, t.stride()) for t in tensors))(*tensors)
+
+
+@lru_cache(maxsize=1024)
+def _gradients_of(window: tuple[Ints, ...], *described: tuple[torch.dtype, Ints, Ints]) -> Callable[..., Any]:
+    """What computes both gradients of tensors of these types, sizes and strides: they are looked at once."""
+    grad, x, kernel = (torch.empty_strided(*s, dtype=dtype, device="meta") for dtype, *s in described)
     outs = (
         _allocate_grad_x(grad, kernel, x.shape[2:], *window),
-        _allocate_grad_kernel(grad, x, kernel.shape[1], kernel.shape[2 : 2 + rank], *window),
+        _allocate_grad_kernel(grad, x, kernel.shape[1], kernel.shape[2 : x.dim()], *window),
     )
-    cpu.gradients(outs, grad, x, kernel, *window)
-    return outs
+    return cpu.prepared_gradients(outs, grad, x, kernel, *window)
 
 
 def _generated_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
