@@ -57,9 +57,8 @@ def test_every_variant_rounds_to_nearest_even(dtype: torch.dtype, layout: str) -
             got = run_served(op, *laid, each.window)
             assert torch.equal(got, exact.to(dtype)), (each, op)
             off = exact - got.double()
-            ties += int(
-                ((exact + off).to(dtype) == exact + off).logical_and(off != 0).sum()
-            )  # as far from the other side
+            other_side = exact + off  # as far away
+            ties += int(((other_side.to(dtype) == other_side) & (off != 0)).sum())
     assert (ties > 1000) == (dtype.itemsize == 2)
 
 

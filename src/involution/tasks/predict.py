@@ -132,7 +132,8 @@ class Classes(_Writer):
             if not all(map(isfinite, scores)):
                 raise ValueError(
                     f"`ckpt_path` must hold weights that give probabilities; for image {name} the likeliest class has "
-                    f"{scores[0]}. A training that diverged leaves such weights; a precision of 16 bits can overflow."
+                    f"{scores[0]}. Take a checkpoint from before the training diverged, or, if 16 bits overflow, "
+                    "predict with --trainer.precision 32."
                 )
             likely = zip(numbers, scores, strict=True)
             found = [{"class": self._classes[number], "probability": round(score, 4)} for number, score in likely]
